@@ -7,11 +7,11 @@
 
     assert run_distributed(worker, 2.0, world_size=2) == [2.0, 2.0]
 
-`run_distributed` raises when a rank fails; `outcomes_of` hands back what happened on every rank instead, for
-tests of errors that every rank must see. Whatever happens, no process outlives `timeout` seconds: a hang fails
-the test and says which ranks were still busy.
+`run_distributed` raises when a rank fails; `outcomes_of` tells what happened on every rank instead, for
+tests of errors that every rank must see. Whatever happens, no process outlives `timeout` seconds: a hang ends
+there and the report says which ranks were still busy.
 
-gloo workers are forked from a server that imported torch and torchrec once per test run (about 4 s; a group of
+gloo workers are forked from a server that imported torch and torchrec once per test run (4 s; a group of
 two then starts in 0.1 s). NCCL workers are spawned afresh, because a CUDA driver doesn't survive a fork.
 """
 
@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 DEFAULT_TIMEOUT = 120.0
 GRACE_AFTER_FAILURE = 10.0
-"""Seconds the other ranks get to report after one failed: enough for an error of their own, not for a hang."""
+"""Seconds the other ranks get to report after one failed: enough for an error of their own."""
 
 PRELOADED = ["torch", "torchrec", "torchrec.distributed", "torch.distributed.checkpoint", "tests.distributed"]
 
@@ -74,7 +74,7 @@ def run_distributed(
 ) -> list[Any]:
     """`fn(rank, world_size, *args)` on every rank; the return values by rank.
 
-    fn, args, values: anything that pickles (tensors travel by value). With `init=False` the process group is left
+    fn, args, values: anything that pickles (tensors go by value). With `init=False` the process group is left
     to `fn`; torchrun's environment variables are set either way. Raises `WorkerFailure` if a rank fails.
     """
     outcomes = outcomes_of(fn, *args, world_size=world_size, backend=backend, timeout=timeout, init=init)
