@@ -1,0 +1,1 @@
+"""Triton operators, one folder each. This package imports torch and triton only."""
