@@ -1,0 +1,1 @@
+"""Training: the loop, its pipeline and metrics, run directories and checkpoints."""
