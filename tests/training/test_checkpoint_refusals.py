@@ -1,4 +1,4 @@
-"""Torn, foreign and half-written checkpoints: refused in plain words on every rank, and the last good one used."""
+"""Torn, foreign and half-written checkpoints: refused on every rank, and the last good one used."""
 
 from __future__ import annotations
 
