@@ -1,0 +1,83 @@
+"""How the tokens of a user meet inside a block: attention, or mean pooling to compare it with.
+
+Shapes: `S` tokens of the joined sequence, `H` heads, `D` head dim.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec
+from recsys.layers.sequence import JoinedSequence
+
+
+@dataclass(frozen=True)
+class MixContext:
+    """What every layer of a step shares: where the users lie, and who sees whom."""
+
+    sequence: JoinedSequence
+    layout: JaggedLayout
+    mask: MaskSpec
+
+
+class Mixer(nn.Module):
+    """Maps q, k, v `(S, H, D)` to `(S, H, D)`; tokens see only tokens of their own user."""
+
+    def forward(self, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, context: MixContext) -> Tensor:
+        raise NotImplementedError
+
+
+class AttentionMixer(Mixer):
+    """Softmax attention by one of the backends of `recsys.attention`.
+
+    Args:
+        backend: computes it.
+        dropout_p: probability of dropping an attention weight in training.
+    """
+
+    def __init__(self, backend: AttentionBackend, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        self.backend = backend
+        self.dropout_p = dropout_p
+
+    def forward(self, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, context: MixContext) -> Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        return self.backend(q_SHD, k_SHD, v_SHD, context.layout, context.mask, dropout_p=dropout_p)
+
+
+class MeanPoolMixer(Mixer):
+    """Attention with equal weights: the mean of `v` over the tokens that the mask shows.
+
+    A history token sees its prefix (causal) or the whole history, a candidate the history and itself. Queries and
+    keys are not used; they stay in the block so that the parameters are those of the attention model.
+    """
+
+    def forward(self, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, context: MixContext) -> Tensor:
+        sequence = context.sequence
+        prefix = torch.cat([v_SHD.new_zeros(1, *v_SHD.shape[1:]), v_SHD], dim=0).double().cumsum(dim=0)
+        offsets, num_candidates = sequence.offsets, sequence.num_candidates_per_user
+        history_end = offsets[1:] - num_candidates
+        index = torch.arange(sequence.total, device=v_SHD.device)
+        user = torch.repeat_interleave(
+            torch.arange(offsets.numel() - 1, device=v_SHD.device), offsets.diff(), output_size=sequence.total
+        )
+        is_candidate = index >= history_end[user]
+        seen_to = torch.where(is_candidate | (not context.mask.causal), history_end[user], index + 1)
+        total = prefix[seen_to] - prefix[offsets[:-1][user]] + is_candidate[:, None, None] * v_SHD
+        count = seen_to - offsets[:-1][user] + is_candidate
+        return (total / count[:, None, None]).to(v_SHD.dtype)
+
+
+def mix_context(batch: Batch, sequence: JoinedSequence, mask: MaskSpec) -> MixContext:
+    """What the layers of this step share; `mask` is the configured one, the candidates are filled in here."""
+    layout = JaggedLayout(sequence.offsets, sequence.max_seqlen, sequence.total)
+    mask = replace(
+        mask,
+        num_targets=sequence.num_candidates_per_user,
+        total_targets=batch.num_candidates,
+        max_targets=batch.max_candidates,
+        max_history=batch.max_history,
+    )
+    return MixContext(sequence, layout, mask)

@@ -1,0 +1,1 @@
+"""Models: how looked-up features become a score per candidate and task."""

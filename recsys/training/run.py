@@ -1,0 +1,62 @@
+"""What `train.py` calls: one process of a run, from a checked config to its summary."""
+
+import logging
+import os
+import sys
+import warnings
+
+from omegaconf import OmegaConf
+
+from recsys.config import ConfigMistake, TrainConfig
+from recsys.training.build import build_parts
+from recsys.training.distributed import choose_device, process_group, seed_everything
+from recsys.training.run_dir import RunDir
+from recsys.training.summary import Summary
+from recsys.training.trainer import Trainer
+
+
+def run(config: TrainConfig) -> Summary:
+    """Train as `config` says, on the ranks that `torchrun` started or on one.
+
+    Raises:
+        ConfigMistake: on every rank and before any collective, for a choice that can't be had on this device.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # torchrun sets it; TorchRec asks for it
+    _configure_logging(is_main=int(os.environ.get("RANK", 0)) == 0)
+    seed_everything(config.seed)
+    try:
+        device = choose_device(config.trainer.device)
+        parts = build_parts(config, device, world_size)
+    except ValueError as error:
+        raise ConfigMistake(str(error)) from error
+    with process_group(device, config.trainer.timeout_minutes) as ranks:
+        try:
+            run_dir = RunDir.open(
+                ranks,
+                run_dir=config.paths.run_dir,
+                runs_root=config.paths.runs_root,
+                name=config.name,
+                resume=config.trainer.resume == "auto",
+            )
+        except ValueError as error:
+            raise ConfigMistake(str(error)) from error
+        run_dir.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        trainer = Trainer(config, parts, ranks, run_dir)
+        summary = trainer.fit()
+        run_dir.write_text("summary.json", summary.to_json())
+        if ranks.is_main:
+            print(f"\n{summary.table()}\n\nrun directory: {run_dir.path}", flush=True)
+        return summary
+
+
+def _configure_logging(is_main: bool) -> None:
+    """Our own messages on rank 0, warnings of everybody, to standard error; without what users can do nothing about."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", force=True
+    )
+    logging.getLogger("recsys").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # about how TorchRec traces
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrec")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")  # TorchRec returns both
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

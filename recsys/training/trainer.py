@@ -1,0 +1,286 @@
+"""The training loop: load, step, log, evaluate, save."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from data.batch import Batch
+from data.loader import build_loader
+from recsys.config import TrainConfig
+from recsys.embeddings import tables_of
+from recsys.models.ranking import Predictions
+from recsys.sharding import shard
+from recsys.training.build import Parts, mean_lengths
+from recsys.training.checkpoint import Checkpointer, TrainState
+from recsys.training.config import SyncDebug
+from recsys.training.distributed import Ranks, diverge_seed
+from recsys.training.flops import FlopCounter, bf16_peak_flops
+from recsys.training.guard import FiniteGuard
+from recsys.training.metrics import QualityMeter, TaskQuality
+from recsys.training.optimizer import DenseOptimizer, Optimizers, learning_rate_factor
+from recsys.training.pipeline import build_pipeline
+from recsys.training.progress import Progress, Window
+from recsys.training.reporting import Reporter
+from recsys.training.run_dir import RunDir
+from recsys.training.summary import Summary
+from recsys.training.throughput import Counts, StepTimer, peak_device_mib, peak_host_mib, percentile
+from recsys.versions import environment
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One rank of a run.
+
+    Args:
+        config: the checked configuration.
+        parts: model and data source, built and checked.
+        ranks: the processes of the run.
+        run_dir: where the run writes.
+    """
+
+    def __init__(self, config: TrainConfig, parts: Parts, ranks: Ranks, run_dir: RunDir) -> None:
+        self.config, self.parts, self.ranks, self.run_dir = config, parts, ranks, run_dir
+        self.device = ranks.device
+        self.tasks = parts.schema.tasks
+        self.flop_counter = FlopCounter(config.model, parts.task.model.interaction, parts.mask)
+
+        self.sharded = shard(
+            parts.task,
+            config.sharding,
+            device=self.device,
+            batch_size=config.data.batch_size,
+            optimizer=config.optimizer.sparse,
+            mean_lengths=mean_lengths(parts.source),
+            seed=config.seed,
+        )
+        self.model = self.sharded.model
+        dense = DenseOptimizer(self.sharded.dense_parameters(), config.optimizer.dense)
+        self.optimizers = Optimizers(dense, self.sharded.replicated_optimizer)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            dense, lambda step: learning_rate_factor(step, config.optimizer.dense, config.trainer.max_steps)
+        )
+        self.pipeline = build_pipeline(
+            config.trainer.pipeline, config.trainer.non_finite, self.model, self.optimizers, self.device
+        )
+        self.checkpointer = Checkpointer(run_dir.checkpoints, keep=config.trainer.keep_checkpoints)
+
+        self.progress = Progress()
+        self.first_step = 0
+        """Where this process began."""
+        self.counts = Counts()
+        """Of this rank and this process."""
+        self.warm_counts = Counts()
+        """The same when the steps that the summary leaves out were done."""
+        self.timer = StepTimer(self.device)
+        self.guard = FiniteGuard(ranks, self.tasks)
+        self.window = Window(QualityMeter(self.tasks, self.device))
+        self.reporter = Reporter(config, run_dir, ranks)
+        diverge_seed(config.seed, ranks.rank)
+
+    def fit(self) -> Summary:
+        """Train to `trainer.max_steps`; returns what was measured."""
+        trainer = self.config.trainer
+        self.reporter.plan(self.sharded.format_plan())
+        self.restore()
+        self.first_step = self.progress.step
+        batches = self.batches("train")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.timer.interrupt()
+        with (
+            self.reporter.bar(self.progress.step) as bar,
+            self.reporter.profiler(self.progress.step) as profiler,
+        ):
+            while self.progress.step < trainer.max_steps:
+                self.train_step(batches)
+                profiler.step()
+                bar.update()
+                if self.due(trainer.log_every_steps):
+                    self.log_window()
+                if self.due(trainer.eval_every_steps) and self.progress.step < trainer.max_steps:
+                    self.evaluate()
+                if self.due(trainer.checkpoint_every_steps):
+                    self.save()
+        quality = self.evaluate() if trainer.final_eval else {}
+        if trainer.final_checkpoint and not self.due(trainer.checkpoint_every_steps):
+            self.save()
+        self.reporter.close()
+        return self.summary(quality)
+
+    def due(self, every: int | None) -> bool:
+        """Whether the step just done is one of every `every` steps, or the last one for logging."""
+        return every is not None and self.progress.step % every == 0
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """The batches of this rank: of `train` from where the run stands, of `eval` all."""
+        loader = build_loader(
+            self.parts.source,
+            self.config.data,
+            split=split,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            max_history=self.config.model.max_history,
+            position=self.progress.users_consumed if split == "train" else 0,
+            device_type=self.device.type,
+        )
+        return iter(loader)
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One step: forward, backward with the sparse updates, dense update. Nothing here waits for the device."""
+        with self.watch_synchronisations():
+            predictions: Predictions = self.pipeline.progress(batches)
+            self.schedule.step()
+            self.progress.step += 1
+            self.progress.users_consumed += self.config.data.batch_size * self.ranks.world_size
+            self.guard.watch(self.progress.step, predictions.loss, predictions.logits)
+            self.window.add(predictions)
+            self.count(predictions.batch)
+            self.timer.step_done()
+
+    def count(self, batch: Batch) -> None:
+        """Add a batch's host-side integers to the run's counts."""
+        self.counts.add(batch, self.flop_counter.step(batch))
+        if self.counts.steps == self.num_warmup_steps():
+            self.warm_counts = replace(self.counts)
+        self.progress.truncated_users += batch.num_truncated_users
+        self.progress.truncated_events += batch.num_truncated_events
+        self.progress.repaired_ids += batch.num_bad_ids
+
+    @contextmanager
+    def watch_synchronisations(self) -> Iterator[None]:
+        """Let PyTorch report host synchronisations of a CUDA step, if the config asks for it."""
+        mode = self.config.trainer.sync_debug
+        if mode is SyncDebug.off or self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.set_sync_debug_mode(mode.value)
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def log_window(self) -> None:
+        """Report loss, quality and rates since the last line; waits for the device and is a collective."""
+        seconds = self.timer.collect()
+        self.guard.check(self.model)
+        quality = self.window.meter.compute()
+        loss = float(self.ranks.mean(torch.stack(self.window.losses).mean()))
+        rate = self.over_ranks(self.counts.minus(self.window.counts)).per_second(seconds)
+        rates = {
+            "samples_per_second": rate.samples,
+            "tokens_per_second": rate.tokens,
+            "candidates_per_second": rate.candidates,
+            "lr": self.schedule.get_last_lr()[0],
+        }
+        self.reporter.window(self.progress.step, loss, rates, quality)
+        self.window.restart(self.counts)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, TaskQuality]:
+        """Quality on the held-out users, each seen once; between two training steps."""
+        start = time.perf_counter()
+        model = self.pipeline.detach()
+        model.eval()
+        meter = QualityMeter(self.tasks, self.device)
+        samples = 0
+        for batch in self.batches("eval"):
+            _, predictions = model(batch.to(self.device, non_blocking=True))
+            meter.add(predictions.logits, predictions.batch.labels, predictions.batch.true_probs)
+            samples += batch.num_users
+        quality = meter.compute()
+        model.train()
+        samples = sum(self.ranks.gather(samples))
+        self.reporter.evaluation(self.progress.step, quality, time.perf_counter() - start, samples)
+        self.timer.interrupt()
+        return quality
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the loss has gone astray since the last one."""
+        self.guard.check(self.model)
+        self.checkpointer.save(self.progress.step, self.state())
+        self.timer.interrupt()
+
+    def restore(self) -> None:
+        """Go on from a checkpoint, if the config asks for it and there is one."""
+        resume = self.config.trainer.resume
+        if resume == "never":
+            return
+        info = self.checkpointer.restore(self.state(), path=None if resume == "auto" else Path(resume))
+        if info is None:
+            self.reporter.say(f"no checkpoint under {self.run_dir.checkpoints}: starting from the beginning")
+            return
+        for message in info.messages:
+            self.reporter.say(message)
+        progress = Progress(**info.extras["progress"])
+        self.progress = progress if self.ranks.is_main else Progress(progress.step, progress.users_consumed)
+        if info.rank_extras is not None:
+            self.window.load_state_dict(info.rank_extras["window"], self.device)
+        self.reporter.say(f"going on from {info.path} at step {info.step:,}")
+
+    def state(self) -> TrainState:
+        """What a checkpoint holds; a collective."""
+        return TrainState(
+            model=self.model,
+            optimizers=self.optimizers.all(),
+            stateful={"schedule": self.schedule},
+            users_consumed=self.progress.users_consumed,
+            extras={"progress": asdict(self.progress_over_ranks())},
+            rank_extras={"window": self.window.state_dict()},
+        )
+
+    def num_warmup_steps(self) -> int:
+        """Steps of this process that the summary leaves out; none if that would leave nothing."""
+        warmup = self.config.trainer.warmup_steps
+        return warmup if self.config.trainer.max_steps - self.first_step > warmup else 0
+
+    def over_ranks(self, counts: Counts) -> Counts:
+        """The sum of every rank's counts."""
+        return Counts.sum(self.ranks.gather(counts))
+
+    def progress_over_ranks(self) -> Progress:
+        """This run's progress, with what every rank counted."""
+        return Progress.sum(self.ranks.gather(self.progress))
+
+    def summary(self, quality: dict[str, TaskQuality]) -> Summary:
+        """What the run measured; a collective."""
+        self.timer.collect()
+        times = self.timer.step_seconds[self.num_warmup_steps() :]
+        rates = self.over_ranks(self.counts.minus(self.warm_counts)).per_second(sum(times))
+        progress = self.progress_over_ranks()
+        environ = environment()
+        peak = bf16_peak_flops(environ["device"] or "") if self.device.type == "cuda" else None
+        return Summary(
+            name=self.config.name,
+            model=self.config.model.name,
+            mixer=self.config.model.mixer.value,
+            attention_backend=self.parts.backend.name,
+            sharding=self.config.sharding.name,
+            world_size=self.ranks.world_size,
+            device=environ["device"] or self.device.type,
+            steps=self.progress.step,
+            samples=self.progress.users_consumed,
+            samples_per_second=rates.samples,
+            tokens_per_second=rates.tokens,
+            candidates_per_second=rates.candidates,
+            step_ms_p50=1000 * percentile(times, 50),
+            step_ms_p90=1000 * percentile(times, 90),
+            mfu=None if peak is None else rates.flops / (peak * self.ranks.world_size),
+            peak_device_mib_per_rank=self.ranks.gather(round(peak_device_mib(self.device), 1)),
+            peak_host_mib_per_rank=self.ranks.gather(round(peak_host_mib(), 1)),
+            table_parameters=sum(table.rows * table.dim for table in tables_of(self.model).values()),
+            dense_parameters=sum(p.numel() for _, p in self.sharded.dense_parameters()),
+            truncated_users=progress.truncated_users,
+            truncated_events=progress.truncated_events,
+            repaired_ids=progress.repaired_ids,
+            skipped_steps=getattr(self.pipeline, "num_skipped", 0),
+            eval=quality,
+            environment=environ,
+            command=" ".join(sys.argv),
+        )
