@@ -73,11 +73,7 @@ class JaggedLayout:
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if (
-            self.offsets.dim() != 1
-            or self.offsets.numel() == 0
-            or self.offsets.dtype not in (torch.int32, torch.int64)
-        ):
+        if self.offsets.dim() != 1 or self.offsets.numel() == 0 or self.offsets.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"offsets are {self.offsets.dtype} of shape {tuple(self.offsets.shape)}: "
                 "allowed are int32 and int64 of shape (B + 1,)"
@@ -182,9 +178,7 @@ class AttentionBackend(ABC):
             # No token on this rank. The sum keeps q, k and v in the graph, so that every projection gets a
             # (zero) gradient and DDP doesn't wait for it.
             return q + k + v
-        return self.attend(
-            q, k, v, layout, mask, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, dropout_p
-        )
+        return self.attend(q, k, v, layout, mask, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, dropout_p)
 
 
 BACKENDS: dict[str, AttentionBackend] = {}
@@ -194,9 +188,7 @@ BACKENDS: dict[str, AttentionBackend] = {}
 def usable_backends(request: Request) -> list[str]:
     """Names of the backends that can serve `request` on its device."""
     return [
-        name
-        for name, b in BACKENDS.items()
-        if b.unavailable(request.device) is None and b.refuses(request) is None
+        name for name, b in BACKENDS.items() if b.unavailable(request.device) is None and b.refuses(request) is None
     ]
 
 
@@ -232,9 +224,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, mask: 
     if mask.num_targets is not None:
         devices.add(mask.num_targets.device)
         if mask.num_targets.shape != (layout.num_users,):
-            raise ValueError(
-                f"num_targets has shape {tuple(mask.num_targets.shape)}: it must be ({layout.num_users},)"
-            )
+            raise ValueError(f"num_targets has shape {tuple(mask.num_targets.shape)}: it must be ({layout.num_users},)")
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"q, k, v, offsets and num_targets lie on {names}: they must be on one device")

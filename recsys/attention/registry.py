@@ -43,9 +43,7 @@ def resolve(name: str | BackendName, device: torch.device | str) -> AttentionBac
     if reason is not None:
         usable = ", ".join(n for n, b in BACKENDS.items() if b.unavailable(device) is None)
         meant = f"'{chosen}' (chosen by auto)" if name == "auto" else f"'{chosen}'"
-        raise ValueError(
-            f"attention backend {meant} can't run on {device}: {reason}. Usable on this device: {usable}"
-        )
+        raise ValueError(f"attention backend {meant} can't run on {device}: {reason}. Usable on this device: {usable}")
     if name == "auto":
         log.info("attention backend auto on %s: %s (%s)", device.type, chosen, backend.summary)
     return backend

@@ -229,9 +229,7 @@ class _VarlenAttention(torch.autograd.Function):
         dq_n, dk_n, dv_n = _self_gradients(dout_n, q_n, k_n, v_n, out_n, lse_n, scale)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         if plan.history is not None:
-            q_h, k_h, v_h, out_h, dout_h = (
-                x.index_select(0, plan.history_rows) for x in (q, k, v, out, dout)
-            )
+            q_h, k_h, v_h, out_h, dout_h = (x.index_select(0, plan.history_rows) for x in (q, k, v, out, dout))
             dq_h, dk_h, dv_h = primitive.backward(dout_h, q_h, k_h, v_h, out_h, lse_h, plan.history, scale)
             dq_x, dk_x, dv_x = primitive.backward(dout_n, q_n, k_h, v_h, out_n, lse_n, plan.across, scale)
             dq_n = dq_n + dq_x

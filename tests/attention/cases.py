@@ -69,9 +69,7 @@ class Inputs:
     dout: Tensor
 
 
-def make_inputs(
-    total: int, device: torch.device, dtype: torch.dtype, num_heads: int = 2, head_dim: int = 16
-) -> Inputs:
+def make_inputs(total: int, device: torch.device, dtype: torch.dtype, num_heads: int = 2, head_dim: int = 16) -> Inputs:
     """q, k, v as slices of one fused projection, as models make them: rows are not adjacent in memory."""
     generator = torch.Generator().manual_seed(total)
     qkv = torch.randn(total, 3, num_heads, head_dim, generator=generator).to(device, dtype)
@@ -80,17 +78,13 @@ def make_inputs(
     return Inputs(q, k, v, dout)
 
 
-def outputs_of(
-    backend: AttentionBackend, inputs: Inputs, layout: JaggedLayout, mask: MaskSpec
-) -> list[Tensor]:
+def outputs_of(backend: AttentionBackend, inputs: Inputs, layout: JaggedLayout, mask: MaskSpec) -> list[Tensor]:
     """out, dq, dk, dv."""
     out = backend(inputs.q, inputs.k, inputs.v, layout, mask)
     return [out, *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)]
 
 
-def reference_outputs(
-    inputs: Inputs, layout: JaggedLayout, mask: MaskSpec, dtype: torch.dtype
-) -> list[Tensor]:
+def reference_outputs(inputs: Inputs, layout: JaggedLayout, mask: MaskSpec, dtype: torch.dtype) -> list[Tensor]:
     """out, dq, dk, dv of plain PyTorch computing in `dtype`."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out = reference_attention(
@@ -106,9 +100,7 @@ def reference_outputs(
     return [out, *torch.autograd.grad(out, (q, k, v), inputs.dout.to(dtype))]
 
 
-def assert_as_exact_as_pytorch(
-    actual: list[Tensor], inputs: Inputs, layout: JaggedLayout, mask: MaskSpec
-) -> None:
+def assert_as_exact_as_pytorch(actual: list[Tensor], inputs: Inputs, layout: JaggedLayout, mask: MaskSpec) -> None:
     """The error against fp64 is at most 2× (gradients 3×) that of plain PyTorch in the inputs' dtype.
 
     Above a floor: rounding of the result, and of sums over the head dim in fp32 where the exact value is 0.

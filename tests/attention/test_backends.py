@@ -50,9 +50,7 @@ def test_the_backends_meant_for_this_device_are_usable(device: torch.device) -> 
 @pytest.mark.parametrize("name", ALL)
 def test_agrees_with_the_reference(name: str, mask_id: str, device: torch.device) -> None:
     backend = usable(name, device)
-    interpreted = (
-        device.type == "cpu" and name == "jagged_flash"
-    )  # slow, and tests/kernels go through the rest
+    interpreted = device.type == "cpu" and name == "jagged_flash"  # slow, and tests/kernels go through the rest
     for users_id in ["mixed"] if interpreted else USERS:
         users = USERS[users_id]
         layout, mask = make_layout(users, device), make_mask(users, mask_id, device)
@@ -98,9 +96,7 @@ def test_no_tokens_at_all(name: str, mask_id: str, lengths: tuple[int, ...], dev
     backend = usable(name, device)
     users = Users(lengths, lengths)
     inputs = make_inputs(0, device, torch.bfloat16)
-    out, *gradients = outputs_of(
-        backend, inputs, make_layout(users, device), make_mask(users, mask_id, device)
-    )
+    out, *gradients = outputs_of(backend, inputs, make_layout(users, device), make_mask(users, mask_id, device))
     assert out.shape == (0, 2, 16)
     assert all(gradient.shape == (0, 2, 16) for gradient in gradients)
 
@@ -188,9 +184,7 @@ def test_a_mask_that_hides_nothing_more_is_dropped() -> None:
     assert MaskSpec(window=33).simplified(layout).window is None
     assert MaskSpec(window=32).simplified(layout).window == 32
     assert MaskSpec(num_targets=no_targets, total_targets=0).simplified(layout).num_targets is None
-    assert (
-        MaskSpec(num_targets=no_targets).simplified(layout).num_targets is no_targets
-    )  # unknown on the host
+    assert MaskSpec(num_targets=no_targets).simplified(layout).num_targets is no_targets  # unknown on the host
 
 
 @pytest.mark.gpu
@@ -201,9 +195,7 @@ def test_nothing_waits_for_the_device(name: str, mask_id: str) -> None:
     backend = usable(name, device)
     users = USERS["mixed"]
     inputs = make_inputs(sum(users.lengths), device, torch.bfloat16)
-    outputs_of(
-        backend, inputs, make_layout(users, device), make_mask(users, mask_id, device)
-    )  # compile first
+    outputs_of(backend, inputs, make_layout(users, device), make_mask(users, mask_id, device))  # compile first
     layout, mask = make_layout(users, device), make_mask(users, mask_id, device)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

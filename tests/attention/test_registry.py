@@ -41,16 +41,12 @@ def test_a_name_is_taken_literally() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"no attention backend 'flash': allowed are auto, dense, sdpa, varlen"
-    ):
+    with pytest.raises(ValueError, match=r"no attention backend 'flash': allowed are auto, dense, sdpa, varlen"):
         resolve("flash", "cpu")
 
 
 def test_unavailable_backend_names_the_usable_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"'varlen' can't run on cpu: .*CUDA.*Usable on this device: .*sdpa, dense"
-    ):
+    with pytest.raises(ValueError, match=r"'varlen' can't run on cpu: .*CUDA.*Usable on this device: .*sdpa, dense"):
         resolve("varlen", "cpu")
 
 
@@ -91,17 +87,13 @@ def test_what_a_backend_refuses(name: str, changes: dict[str, object], reason: s
     ],
 )
 def test_what_every_backend_accepts(changes: dict[str, object]) -> None:
-    assert {name: b.refuses(request(**changes)) for name, b in backends().items()} == dict.fromkeys(
-        backends()
-    )
+    assert {name: b.refuses(request(**changes)) for name, b in backends().items()} == dict.fromkeys(backends())
 
 
 def test_a_refused_call_names_the_backends_that_can(kernel_device: torch.device) -> None:
     layout = JaggedLayout(OFFSETS.to(kernel_device), 3, 5)
     q = torch.randn(5, 2, 16, device=kernel_device)
-    with pytest.raises(
-        ValueError, match=r"'jagged_flash' can't do this: dropout_p is 0.1.*can .*: sdpa, dense$"
-    ):
+    with pytest.raises(ValueError, match=r"'jagged_flash' can't do this: dropout_p is 0.1.*can .*: sdpa, dense$"):
         backends()["jagged_flash"](q, q, q, layout, MaskSpec(), dropout_p=0.1)
 
 
