@@ -27,12 +27,16 @@ def unavailable_reason(device: torch.device | str) -> str | None:
     )
 
 
-@contextlib.contextmanager
-def launch_on(device: torch.device) -> Iterator[None]:
-    """Make `device` current, as Triton launches on the current device; RuntimeError if it can't run there."""
+def require_triton(device: torch.device) -> None:
+    """RuntimeError where the kernels can't run."""
     reason = unavailable_reason(device)
     if reason is not None:
         raise RuntimeError(reason)
+
+
+@contextlib.contextmanager
+def launch_on(device: torch.device) -> Iterator[None]:
+    """Make `device` current, since that is where Triton launches."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.forward import launch_forward
-from kernels.jagged_flash_attention.launch import INTERPRETED, unavailable_reason
+from kernels.jagged_flash_attention.launch import INTERPRETED, require_triton, unavailable_reason
 
 __all__ = ["check_offsets", "jagged_flash_attention", "unavailable_reason"]
 
@@ -80,8 +80,7 @@ def check_offsets(offsets: Tensor, max_seqlen: int, total: int, num_targets: Ten
     lengths = bounds.diff()
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(
-            f"offsets go from {int(bounds[0])} to {int(bounds[-1])}; "
-            f"they must go from 0 to the number of rows, {total}"
+            f"offsets go from {int(bounds[0])} to {int(bounds[-1])}; they must go from 0 to the number of rows, {total}"
         )
     _raise_for_first(lengths < 0, lengths, "offsets descend: user {user} would have {value} tokens")
     _raise_for_first(
@@ -140,9 +139,7 @@ def _check_inputs(
     tensors = {"k": k, "v": v, "offsets": offsets, "num_targets": num_targets}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != q.device:
-            raise ValueError(
-                f"all tensors must be on one device: q is on {q.device}, {name} on {tensor.device}"
-            )
+            raise ValueError(f"all tensors must be on one device: q is on {q.device}, {name} on {tensor.device}")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
     if window is not None and window < 1:
@@ -152,8 +149,7 @@ def _check_inputs(
 def _check_index_vector(name: str, tensor: Tensor) -> None:
     if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"{name} must be one-dimensional int32 or int64, "
-            f"got shape {tuple(tensor.shape)} and {tensor.dtype}"
+            f"{name} must be one-dimensional int32 or int64, got shape {tuple(tensor.shape)} and {tensor.dtype}"
         )
 
 
@@ -183,6 +179,7 @@ def _forward_op(
     # Here and not in the public function, because under torch.compile that only ever sees fake tensors.
     if not offsets.is_cuda or os.environ.get(CHECK_OFFSETS_VARIABLE) == "1":
         check_offsets(offsets, max_seqlen, q.shape[0], num_targets)
+    require_triton(q.device)
     offsets, num_targets, window = _normalise(offsets, num_targets, max_seqlen, window)
     q_, k_, v_ = _interpretable((q, k, v))
     out, lse = launch_forward(q_, k_, v_, offsets, num_targets, max_seqlen, causal, window, scale)
@@ -207,9 +204,7 @@ def _backward_op(
     offsets, num_targets, window = _normalise(offsets, num_targets, max_seqlen, window)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dout_, q_, k_, v_, out_ = _interpretable((dout, q, k, v, out))
-    dq, dk, dv = launch_backward(
-        dout_, q_, k_, v_, out_, lse, offsets, num_targets, max_seqlen, causal, window, scale
-    )
+    dq, dk, dv = launch_backward(dout_, q_, k_, v_, out_, lse, offsets, num_targets, max_seqlen, causal, window, scale)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
@@ -246,13 +241,12 @@ def _backward_fake(dout: Tensor, q: Tensor, *_: object) -> tuple[Tensor, Tensor,
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     q, k, v, offsets, num_targets, *options = inputs
     out, lse = output
+    ctx.set_materialize_grads(False)  # the log-sum-exp is not public: don't make zeros for its gradient
     ctx.save_for_backward(q, k, v, out, lse, offsets, num_targets)
     ctx.options = options  # type: ignore[attr-defined]
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _dlse: Tensor
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv = _backward_op(dout, *ctx.saved_tensors, *ctx.options)  # type: ignore[attr-defined]
     return (dq, dk, dv, *[None] * 6)
 

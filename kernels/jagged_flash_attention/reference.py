@@ -59,12 +59,10 @@ def reference_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     position = torch.arange(max_seqlen, device=q.device)
     is_token = position < offsets.diff().unsqueeze(1)  # (B, N)
-    row = torch.where(is_token, offsets[:-1].unsqueeze(1) + position, 0)  # (B, N), a row of q for every slot
+    row = torch.where(is_token, offsets[:-1].unsqueeze(1) + position, q.shape[0])  # (B, N), past the last: zeros
 
-    def pad(x: Tensor) -> Tensor:  # (L, H, D) -> (B, H, N, D), zeros in slots without a token
-        if x.shape[0] == 0:
-            return x.new_zeros(*row.shape, *x.shape[1:]).transpose(1, 2)
-        return torch.where(is_token[..., None, None], x[row], 0).transpose(1, 2)
+    def pad(x: Tensor) -> Tensor:  # (L, H, D) -> (B, H, N, D)
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[row].transpose(1, 2)
 
     mask = dense_mask(offsets, max_seqlen, causal=causal, window=window, num_targets=num_targets)
     # Slots without a token see themselves, or their softmax would be 0 / 0 and its NaN reach the gradients.

@@ -62,9 +62,7 @@ def load_tile(
 
 
 @triton.jit  # pragma: no cover
-def store_tile(
-    p_user, b_tile, i_row, num_rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr
-):
+def store_tile(p_user, b_tile, i_row, num_rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr):
     """Write a (BLOCK, BD) block to rows i_row ... i_row + BLOCK, as far as the user and the head go."""
     o_row = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BD)
@@ -85,9 +83,7 @@ def load_rowwise(p_user, i_row, num_rows, other, BLOCK: tl.constexpr, CHECK: tl.
 
 
 @triton.jit  # pragma: no cover
-def is_visible(
-    o_m, o_n, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr
-):
+def is_visible(o_m, o_n, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr):
     """Whether query o_m sees *history* key o_n; a candidate's sight of itself is a step of its own.
 
     o_m and o_n broadcast against each other: (BM, 1) and (1, BN), or (1, BM) and (BN, 1).
@@ -121,9 +117,7 @@ def split_range(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
 
 
 @triton.jit  # pragma: no cover
-def key_range(
-    i_m, n, h, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
-):
+def key_range(i_m, n, h, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
     """The history keys that queries i_m ... i_m + BM see, as `split_range` gives them."""
     last = tl.minimum(i_m + BM, h) - 1  # last history query of the tile, if it has one
     lo, full_lo, full_hi, hi = 0, 0, h, h
