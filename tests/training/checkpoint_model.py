@@ -26,12 +26,16 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from recsys.embeddings import SparseOptimizerConfig, SparseOptimizerName
+from recsys.sharding.optimizer import ReplicatedTableOptimizer
 from recsys.training.checkpoint import TrainState
 
 DIM, BATCH = 8, 6
 SEQUENCE_TABLES = {"item": 13, "category": 6}
 POOLED_TABLES = {"country": 5, "browser": 7}
 PLANS = ["table_wise", "row_wise", "column_wise", "replicated"]
+REPLICATED_BY_TORCH = "replicated_torch"
+"""Like `replicated`, with an optimizer of torch's instead of ours."""
 CUDA_PLANS = [*PLANS, "uvm_caching"]
 SPARSE: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"lr": 0.1, "eps": 1e-8}),
@@ -92,16 +96,14 @@ def batch(step: int, rank: int, device: torch.device) -> tuple[KeyedJaggedTensor
     return features(SEQUENCE_TABLES), features(POOLED_TABLES)
 
 
-def build(
-    plan: str, sparse: str, device: torch.device, *, seed_of_run: int = 0, item_rows: int = 13
-) -> TrainState:
+def build(plan: str, sparse: str, device: torch.device, *, seed_of_run: int = 0, item_rows: int = 13) -> TrainState:
     """A model under `plan` with optimizers and a schedule. Under `table_wise`, rank 0 owns every table."""
     seed(seed_of_run)
     model = SmallModel(item_rows)
     world = dist.get_world_size()
     last = world - 1
     optimizer, options = SPARSE[sparse]
-    replicated = plan == "replicated"
+    replicated = plan in ("replicated", REPLICATED_BY_TORCH)
     if not replicated:
         for collection in (model.ec, model.ebc):
             apply_optimizer_in_backward(optimizer, collection.parameters(), dict(options))
@@ -118,8 +120,7 @@ def build(
             name: table_wise(rank=last, compute_kernel="fused_uvm_caching")
             for name in (*SEQUENCE_TABLES, *POOLED_TABLES)
         },
-        "replicated": {name: data_parallel() for name in POOLED_TABLES},
-    }[plan]
+    }.get(plan, {name: data_parallel() for name in POOLED_TABLES})
     kwargs = {"local_size": world, "world_size": world, "device_type": device.type}
     bags = construct_module_sharding_plan(
         model.ebc,
@@ -145,8 +146,12 @@ def build(
     dense = torch.optim.AdamW([named["over.weight"], named["over.bias"]], lr=0.05)
     optimizers: list[torch.optim.Optimizer] = [dense]
     if replicated:
-        tables = [p for name, p in named.items() if not name.startswith("over")]
-        optimizers.append(optimizer(tables, **options))
+        tables = {name.split(".")[-2]: (name, p) for name, p in named.items() if not name.startswith("over")}
+        if plan == REPLICATED_BY_TORCH:
+            optimizers.append(optimizer([p for _, p in tables.values()], **options))
+        else:
+            rule = SparseOptimizerConfig(name=SparseOptimizerName(sparse), **options)
+            optimizers.append(ReplicatedTableOptimizer(tables, rule))
     schedule = torch.optim.lr_scheduler.LambdaLR(dense, lambda step: 1 / (1 + step))
     seed(100 * seed_of_run + dist.get_rank())  # dropout differs between ranks
     return TrainState(model=sharded, optimizers=optimizers, stateful={"schedule": schedule})
@@ -194,15 +199,14 @@ def global_state(state: TrainState) -> dict[str, Tensor]:
             for key, value in states.items():
                 if is_table and key == "step":
                     continue
-                key = (
-                    {"sum": "first", "exp_avg": "first", "exp_avg_sq": "second"}.get(key, key)
-                    if is_table
-                    else key
-                )
+                if is_table:
+                    first_or_second = {"exp_avg_sq": "second", "momentum_buffer": "momentum_buffer"}
+                    key = first_or_second.get(key.split(".")[-1], "first")
+                if value is None:  # SGD without momentum
+                    continue
                 value = value.detach().clone()
-                whole[f"{short}/{key}"] = (
-                    value.view(1, -1) if is_table and value.shape[-1:] == (1,) else value
-                )
+                row_wise = is_table and value.numel() == len(parameter)
+                whole[f"{short}/{key}"] = value.view(1, -1) if row_wise else value
     return {name: value.cpu() for name, value in whole.items()}
 
 
@@ -217,9 +221,7 @@ def _gather(value: Any) -> Tensor:
     if isinstance(value, Tensor) and not isinstance(value, ShardedTensor):
         return value.detach().clone()
     shards = (
-        []
-        if value is None
-        else [(s.metadata.shard_offsets, s.tensor.detach().cpu()) for s in value.local_shards()]
+        [] if value is None else [(s.metadata.shard_offsets, s.tensor.detach().cpu()) for s in value.local_shards()]
     )
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, (shards, None if value is None else tuple(value.metadata().size)))

@@ -15,6 +15,7 @@ from tests.training.checkpoint_model import (
     DIM,
     PLANS,
     POOLED_TABLES,
+    REPLICATED_BY_TORCH,
     SEQUENCE_TABLES,
     build,
     global_state,
@@ -74,8 +75,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, backend: str,
 
 def resume_all(rank: int, world_size: int, directory: str) -> None:
     cuda = device_of(rank).type == "cuda"
-    for plan in CUDA_PLANS if cuda else PLANS:
-        any_optimizer = cuda or plan == "replicated"
+    for plan in [*(CUDA_PLANS if cuda else PLANS), REPLICATED_BY_TORCH]:
+        any_optimizer = cuda or plan.startswith("replicated")
         sparse = ["rowwise_adagrad", "adagrad", "sgd"]
         for optimizer in [*sparse, *CUDA_ONLY_OPTIMIZERS] if any_optimizer else sparse:
             resume_exactly(rank, world_size, f"{directory}/{plan}_{optimizer}", plan, optimizer)
@@ -103,7 +104,7 @@ def load_all(rank: int, world_size: int, directory: str, saved_world: int, spars
         for optimizer in sparse:
             home = Path(directory) / f"{before}_{optimizer}_{saved_world}"
             truth = torch.load(home / "truth.pt")
-            for now in PLANS:
+            for now in [*PLANS, REPLICATED_BY_TORCH]:
                 state = build(now, optimizer, device, seed_of_run=5)
                 info = Checkpointer(home).restore(state)
                 assert info is not None

@@ -115,9 +115,7 @@ def damages(rank: int, world_size: int, directory: str) -> None:
     message = refused(checkpointer, state)
     assert "bytes" in message
     assert "no manifest.json" in message
-    assert "step_00000009: there is no such checkpoint" in refused(
-        checkpointer, state, home / "step_00000009"
-    )
+    assert "step_00000009: there is no such checkpoint" in refused(checkpointer, state, home / "step_00000009")
     # the torn checkpoint's step is reached again
     train(state, 2, 3, CPU)
     assert checkpointer.save(2, state) == newest
@@ -142,7 +140,7 @@ def foreign(rank: int, world_size: int, directory: str) -> None:
     assert "table country is in the checkpoint only" in message
     assert "parameter over.weight has shape (1, 32) in the checkpoint and (1, 3) in the model" in message
 
-    for plan in ("row_wise", "replicated"):
+    for plan in ("row_wise", "replicated", "replicated_torch"):
         other = build(plan, "adagrad", CPU, seed_of_run=2)
         before = global_state(other)
         message = refused(checkpointer, other, path)
@@ -173,9 +171,7 @@ def crashes(rank: int, world_size: int, directory: str) -> None:
             raise OSError("the machine went down")
 
         checkpointer._publish = crash  # type: ignore[method-assign]
-    with pytest.raises(
-        CheckpointError, match="rank 0 could not finish the checkpoint: OSError: the machine went"
-    ):
+    with pytest.raises(CheckpointError, match="rank 0 could not finish the checkpoint: OSError: the machine went"):
         checkpointer.save(2, state)
     assert (Path(directory) / "step_00000002.tmp").is_dir()
     assert checkpointer.latest() == first
@@ -270,9 +266,7 @@ def test_random_generators_go_on_where_they_were() -> None:
         ([0, 4, 16], (2, 6), [2.0, 3.0]),
     ],
 )
-def test_column_ranges_convert_by_overlap(
-    bounds: list[int], columns: tuple[int, int], expected: list[float]
-) -> None:
+def test_column_ranges_convert_by_overlap(bounds: list[int], columns: tuple[int, int], expected: list[float]) -> None:
     saved = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[: len(bounds) - 1]
     assert convert_columns(saved, bounds, columns).tolist() == expected
 

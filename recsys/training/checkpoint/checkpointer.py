@@ -51,9 +51,7 @@ class Checkpointer:
         ValueError: `keep` below 1.
     """
 
-    def __init__(
-        self, directory: str | Path, keep: int = 3, process_group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, directory: str | Path, keep: int = 3, process_group: dist.ProcessGroup | None = None) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}: allowed are 1 (only the newest checkpoint) and more")
         self.directory = Path(directory)
@@ -148,9 +146,7 @@ class Checkpointer:
 
         rank_extras, rng_message = team.locally("take the state over", apply)
         rng_messages = [message for message in team.gather(rng_message) if message is not None]
-        conversions = dict.fromkeys(
-            message for of_rank in team.gather(loading.messages) for message in of_rank
-        )
+        conversions = dict.fromkeys(message for of_rank in team.gather(loading.messages) for message in of_rank)
         messages = [*messages, *conversions, *rng_messages]
         if team.rank == 0:
             for message in messages:
@@ -191,11 +187,7 @@ class Checkpointer:
 
     def _paths(self) -> list[Path]:
         """Checkpoint directories, newest first, whole or not."""
-        named = [
-            (match, path)
-            for path in self.directory.glob("step_*")
-            if (match := STEP_NAME.fullmatch(path.name))
-        ]
+        named = [(match, path) for path in self.directory.glob("step_*") if (match := STEP_NAME.fullmatch(path.name))]
         return [path for _, path in sorted(((int(m[1]), path) for m, path in named), reverse=True)]
 
     def _choose(

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.optim.fused import FusedOptimizer
 
+from recsys.sharding.optimizer import ReplicatedTableOptimizer
 from recsys.training.checkpoint.planner import Array
 from recsys.training.checkpoint.tables import (
     RowPiece,
@@ -74,12 +75,12 @@ class Inventory:
 
     def _add_table(self, name: str, value: Any, slot: Slot | None) -> None:
         if name in self.tables:
-            raise ValueError(
-                f"two embedding tables are named {name!r}: a checkpoint tells tables apart by name"
-            )
-        # asking a ShardedTensor for its size() warns that the class is deprecated
-        rows, dim = value.metadata().size if isinstance(value, ShardedTensor) else value.shape
-        self.tables[name] = table = Table(name, rows, dim, value.dtype)
+            raise ValueError(f"two embedding tables are named {name!r}: a checkpoint tells tables apart by name")
+        if isinstance(value, ShardedTensor):  # its own size() and dtype warn that the class is deprecated
+            (rows, dim), dtype = value.metadata().size, value.metadata().tensor_properties.dtype
+        else:
+            (rows, dim), dtype = value.shape, value.dtype
+        self.tables[name] = table = Table(name, rows, dim, dtype)
         if not isinstance(value, (ShardedTensor, DTensor)):
             add_replicated(table, value, slot)
 
@@ -163,9 +164,7 @@ class Loading:
     """Tables whose optimizer doesn't take the saved state over."""
 
 
-def plan_loading(
-    inventory: Inventory, manifest: dict[str, Any], scalars: dict[str, dict[str, Any]]
-) -> Loading:
+def plan_loading(inventory: Inventory, manifest: dict[str, Any], scalars: dict[str, dict[str, Any]]) -> Loading:
     """Line up the live tensors with what a (matching) checkpoint holds."""
     loading = Loading()
     for name, tensor in inventory.dense.items():
@@ -207,8 +206,7 @@ def _plan_table(loading: Loading, table: Table, saved: dict[str, Any]) -> None:
         return
     if optimizers_differ(saved, table.description()):
         loading.messages.append(
-            f"table {table.name}: its optimizer starts afresh, "
-            f"the checkpoint has the state of {saved['optimizer']}"
+            f"table {table.name}: its optimizer starts afresh, the checkpoint has the state of {saved['optimizer']}"
         )
         loading.afresh.add(table.name)
         return
@@ -250,17 +248,17 @@ def _fill_converted(piece: RowPiece, saved: Tensor, bounds: list[int]) -> None:
 
 def _make_replicated_states(table: Table, slot: Slot, saved: dict[str, Any]) -> None:
     """Give the slot of a replicated table its states; torch makes most of them at the first step only."""
-    weight = table.weight.pieces[0].tensor
-    dtype = str(weight.dtype).removeprefix("torch.")
-    for key in saved["states"]:
-        table.states[key] = Array.whole(_state_tensor(slot, key, list(weight.shape), dtype))
-    for key in saved["row_states"]:
+    dtype = str(table.dtype).removeprefix("torch.")
+    for key in set(saved["states"]) - set(table.states):
+        table.states[key] = Array.whole(_state_tensor(slot, key, [table.rows, table.dim], dtype))
+    for key in set(saved["row_states"]) - set(table.row_states):
         state = _state_tensor(slot, key, [table.rows, 1], dtype)
         table.row_states[key] = [RowPiece(state.detach().view(-1), 0, (0, table.dim))]
-    if saved["states"] or saved["row_states"]:
+    if isinstance(slot.optimizer, ReplicatedTableOptimizer):
+        slot.optimizer.set_optimizer_step(saved["step"])
+    elif saved["states"] or saved["row_states"]:
         step = _state_tensor(slot, "step", [], "float32")
-        if step.numel() == 1:
-            step.detach().fill_(float(saved["step"]))
+        step.detach().fill_(float(saved["step"]))
 
 
 def _set_counters(kernel: Any, saved: list[dict[str, Any]]) -> None:

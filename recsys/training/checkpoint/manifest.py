@@ -79,9 +79,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
-        raise CheckpointRefused(
-            f"{path} is torn or foreign: it has no {MANIFEST}, which is written last"
-        ) from None
+        raise CheckpointRefused(f"{path} is torn or foreign: it has no {MANIFEST}, which is written last") from None
     except ValueError:
         raise CheckpointRefused(f"{path} is torn: its {MANIFEST} is not valid JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -110,14 +108,10 @@ def check_files(path: Path, manifest: dict[str, Any], *, contents: bool = True) 
                 f"{path} is torn: its file {name} has {size} bytes, {expected['bytes']} were written"
             )
         if contents and fingerprint(file)["crc32"] != expected["crc32"]:
-            raise CheckpointRefused(
-                f"{path} is torn: the contents of its file {name} have changed (checksum)"
-            )
+            raise CheckpointRefused(f"{path} is torn: the contents of its file {name} have changed (checksum)")
 
 
-def check_model(
-    path: Path, manifest: dict[str, Any], model: dict[str, Any], *, strict_optimizer: bool
-) -> None:
+def check_model(path: Path, manifest: dict[str, Any], model: dict[str, Any], *, strict_optimizer: bool) -> None:
     """The checkpoint is of this model.
 
     model: as from `inventory.merge`. With `strict_optimizer`, optimizers have to be the same ones too.
@@ -128,9 +122,7 @@ def check_model(
     differences = _differences("table", manifest["tables"], model["tables"], lambda t: (t["rows"], t["dim"]))
     differences += _differences("parameter", manifest["dense"], model["dense"], lambda p: tuple(p["shape"]))
     if differences:
-        shown = "; ".join(differences[:8]) + (
-            f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
-        )
+        shown = "; ".join(differences[:8]) + (f"; and {len(differences) - 8} more" if len(differences) > 8 else "")
         raise CheckpointRefused(f"{path} is foreign, it is of another model: {shown}")
     if strict_optimizer and (differences := _optimizer_differences(manifest, model)):
         raise CheckpointRefused(

@@ -44,7 +44,8 @@ class Array:
     @classmethod
     def whole(cls, tensor: Tensor) -> "Array":
         """A replicated tensor; a scalar counts as a vector of one."""
-        view = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
+        view = tensor.detach().as_subclass(Tensor)
+        view = view.reshape(1) if view.dim() == 0 else view
         return cls(tuple(view.shape), [Piece(view, (0,) * view.dim())])
 
     def add(self, tensor: Tensor, offsets: tuple[int, ...]) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding, BatchedFusedEmbeddingBag
 
+from recsys.sharding.optimizer import ReplicatedTableOptimizer
 from recsys.training.checkpoint.planner import Array
 
 FUSED_KERNELS = (BatchedFusedEmbedding, BatchedFusedEmbeddingBag)
@@ -50,7 +51,7 @@ class RowPiece:
 
 @dataclass
 class Slot:
-    """The place of one parameter in a torch optimizer."""
+    """The place of one parameter in an optimizer that steps outside the lookups."""
 
     parameter: Tensor
     optimizer: torch.optim.Optimizer
@@ -62,6 +63,31 @@ class Slot:
 
     def put(self, key: str, value: Any) -> None:
         self.optimizer.state.setdefault(self.parameter, {})[key] = value
+
+    @property
+    def family(self) -> str:
+        """The optimizer's name, the same for a fused one of this rule."""
+        if isinstance(self.optimizer, ReplicatedTableOptimizer):
+            return self.optimizer.config.name.value
+        kind = type(self.optimizer).__name__
+        return FAMILY.get(kind, kind)
+
+    @property
+    def step(self) -> int:
+        """Steps the optimizer has counted for this parameter."""
+        if isinstance(self.optimizer, ReplicatedTableOptimizer):
+            return self.optimizer.num_steps
+        return int(self.state.get("step", 0))
+
+    def table_states(self, table: str) -> dict[str, Tensor]:
+        """The states of a table under torch's names; TorchRec's style is `<table>.momentum1`, the first of a rule."""
+        first = "exp_avg" if self.family == "adam" else "sum"
+        named = {key.removeprefix(f"{table}."): value for key, value in self.state.items() if key != "step"}
+        return {
+            first if key == "momentum1" else key: value.detach()
+            for key, value in named.items()
+            if isinstance(value, Tensor)
+        }
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -104,7 +130,7 @@ class Table:
     def step(self) -> int:
         """Steps the optimizer has counted (Adam's bias correction)."""
         if self.slot is not None:
-            return int(self.slot.state.get("step", 0))
+            return self.slot.step
         return max(
             (max(int(k.emb_module.iter.item()), int(k.emb_module.iter_cpu.item())) for k in self.kernels),
             default=0,
@@ -151,9 +177,7 @@ def add_fused_parts(table: Table, kernel: Any, index: int) -> None:
     assert list(weight.shape) == list(config.local_metadata.shard_sizes), (table.name, weight.shape)
     family = tbe.optimizer.value
     table.optimizer = FAMILY.get(family, family)
-    table.bounds = sorted(
-        {shard.shard_offsets[1] for shard in config.global_metadata.shards_metadata} | {table.dim}
-    )
+    table.bounds = sorted({shard.shard_offsets[1] for shard in config.global_metadata.shards_metadata} | {table.dim})
     table.weight.add(weight, (row, column))
     if not any(kernel is known for known in table.kernels):
         table.kernels.append(kernel)
@@ -169,24 +193,20 @@ def add_fused_parts(table: Table, kernel: Any, index: int) -> None:
 def add_replicated(table: Table, weight: Tensor, slot: Slot | None) -> None:
     """Describe a table that every rank holds whole and that a dense-path optimizer trains."""
     table.bounds = [0, table.dim]
-    table.weight.add(weight.detach(), (0, 0))
+    table.weight.add(weight.detach().as_subclass(Tensor), (0, 0))  # TorchRec has a class for slices
     table.slot = slot
     if slot is None:
         table.optimizer = "none"
         return
-    kind = type(slot.optimizer).__name__
-    table.optimizer = FAMILY.get(kind, kind)
-    for key, state in slot.state.items():
-        if key == "step" or not isinstance(state, Tensor):
-            continue
-        state = state.detach()
-        if state.shape == weight.shape and kind != "RowWiseAdagrad":
+    table.optimizer = slot.family
+    for key, state in slot.table_states(table.name).items():
+        if state.shape == weight.shape and slot.family != "rowwise_adagrad":
             table.states[key] = Array.whole(state)
         elif state.numel() == table.rows:
             table.row_states[key] = [RowPiece(state.view(-1), 0, (0, table.dim))]
         else:
             raise ValueError(
-                f"table {table.name}: {kind} keeps {key!r} of shape {tuple(state.shape)}: "
+                f"table {table.name}: {slot.family} keeps {key!r} of shape {tuple(state.shape)}: "
                 f"allowed are one value for each element or each row"
             )
 
