@@ -267,11 +267,13 @@ def test_on_a_gpu_pinning_streams_and_no_synchronisation():
         moved = batch.to("cuda", non_blocking=True)
     torch.cuda.current_stream().wait_stream(stream)
     moved.record_stream(torch.cuda.current_stream())
+    order = torch.tensor([3, 0], dtype=torch.int32, device="cuda")  # sharded modules keep it as a buffer
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         parts_of = moved.sequences.split([3, 2])
         moved.sequences.to_dict()
-        moved.sequences.permute([3, 0])
+        moved.sequences.permute([3, 0], order)
         assert moved.num_history + moved.max_history + moved.num_candidates + moved.max_candidates > 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
