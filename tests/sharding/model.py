@@ -134,6 +134,7 @@ def step_users() -> list[list[list[User]]]:
         [make_users(4, seed=3), []],
         [make_users(1, seed=4), make_users(3, seed=5, max_history=0)],
         [[], make_users(2, seed=6)],
+        [[], []],
         [make_users(2, seed=7), make_users(2, seed=8)],
     ]
 
@@ -201,7 +202,7 @@ def _look_up(weights: dict[str, Tensor], users: list[User], pooling: str) -> dic
             else torch.zeros(table.shape[1])
             for user in users
         ]
-        features[feature.name] = torch.stack(rows)
+        features[feature.name] = torch.stack(rows) if rows else table[:0]
     return features
 
 
