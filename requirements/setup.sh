@@ -55,8 +55,9 @@ rm -f "$stamp"
 pip() { .venv/bin/python -I -m pip --disable-pip-version-check "$@"; }
 
 echo "setup: installing the requirements ($build build); the first time this takes a few minutes"
-pip install --quiet -r requirements/base.txt -r requirements/dev.txt
-pip install --quiet --no-deps -r "requirements/nodeps-$build.txt"
+# Without compiling: Python compiles what is imported when it is, a small part of what is installed.
+pip install --quiet --no-compile -r requirements/base.txt -r requirements/dev.txt
+pip install --quiet --no-compile --no-deps -r "requirements/nodeps-$build.txt"
 pip install --quiet --no-deps --no-build-isolation --editable .
 .venv/bin/python -c 'import torch, fbgemm_gpu, torchrec, recsys' || fail "the installed packages don't load, see above"
 
