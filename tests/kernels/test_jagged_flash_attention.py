@@ -19,7 +19,7 @@ def test_lengths(lengths: list[int], kernel_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("has_candidates", [False, True], ids=["history", "candidates"])
-@pytest.mark.parametrize("window", [None, 1, 7, 40], ids=lambda w: f"window_{w}")
+@pytest.mark.parametrize("window", [None, 1, 7, 47], ids=lambda w: f"window_{w}")
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_masks(causal: bool, window: int | None, has_candidates: bool, kernel_device: torch.device) -> None:
     case = Case(MIXED, num_heads=1, causal=causal, window=window, has_candidates=has_candidates)
@@ -133,7 +133,7 @@ def test_random_cases(seed: int) -> None:
         dtype=rng.choice([torch.float32, torch.float16, torch.bfloat16]),
         offsets_dtype=rng.choice([torch.int32, torch.int64]),
         causal=rng.random() < 0.7,
-        window=rng.choice([None, None, 1, rng.randint(1, 700)]),
+        window=rng.choice([None, None, 1, 63, 64, 65, 127, 128, 129, rng.randint(1, 700)]),
         has_candidates=rng.random() < 0.5,
         scale=rng.choice([None, 0.1]),
         slack=rng.choice([0, 1, 300]),
