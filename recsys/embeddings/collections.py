@@ -65,9 +65,7 @@ class SequenceEmbeddings(nn.Module):
         init_std: see `Table`.
     """
 
-    def __init__(
-        self, schema: Schema, dims: Mapping[str, int], *, init_std: float = DEFAULT_INIT_STD
-    ) -> None:
+    def __init__(self, schema: Schema, dims: Mapping[str, int], *, init_std: float = DEFAULT_INIT_STD) -> None:
         super().__init__()
         self.tables = _tables(schema, schema.sequences, dims, init_std, pooled=False)
         self.collections = nn.ModuleDict(
@@ -173,9 +171,7 @@ def _tables(
         if name not in dims:
             raise ValueError(f"no embedding dimension for table {name!r}: there are some for {sorted(dims)}")
         if dims[name] < 4 or dims[name] % 4:
-            raise ValueError(
-                f"table {name!r} has embedding dimension {dims[name]}: allowed are multiples of 4"
-            )
+            raise ValueError(f"table {name!r} has embedding dimension {dims[name]}: allowed are multiples of 4")
         readers = tuple(feature.name for feature in features if feature.table == name)
         tables.append(Table(name, schema.tables[name], dims[name], readers, pooled, init_std))
     return tuple(tables)

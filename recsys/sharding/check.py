@@ -53,8 +53,7 @@ def _check_type_and_kernel(table: Table, config: ShardingConfig, device_type: st
     if asked.sharding_type is not ShardingKind.auto:
         if asked.sharding_type.value not in types:
             raise ValueError(
-                f"{where}: sharding_type={asked.sharding_type.value} can't be had; "
-                f"allowed are {['auto', *types]}"
+                f"{where}: sharding_type={asked.sharding_type.value} can't be had; allowed are {['auto', *types]}"
             )
         types = [asked.sharding_type.value]
     if asked.compute_kernel is ComputeKernel.auto:
@@ -83,9 +82,7 @@ def _check_shape(table: Table, config: ShardingConfig, world_size: int) -> None:
         )
 
 
-def _check_optimizer(
-    table: Table, config: ShardingConfig, device_type: str, optimizer: SparseOptimizerConfig
-) -> None:
+def _check_optimizer(table: Table, config: ShardingConfig, device_type: str, optimizer: SparseOptimizerConfig) -> None:
     """FBGEMM fuses Adam on GPUs only; replicated tables have an optimizer of our own."""
     kind = config.of(table).sharding_type
     only_gpu = optimizer.name is SparseOptimizerName.adam

@@ -86,8 +86,7 @@ class ShardingConfig:
                 raise ValueError(f"sharding.{name} is {value}: allowed are null and values > 0")
         if not 0.0 <= self.reserved_memory_fraction < 1.0:
             raise ValueError(
-                f"sharding.reserved_memory_fraction is {self.reserved_memory_fraction}: "
-                "allowed are 0 <= fraction < 1"
+                f"sharding.reserved_memory_fraction is {self.reserved_memory_fraction}: allowed are 0 <= fraction < 1"
             )
 
     def of(self, table: Table) -> TableSharding:

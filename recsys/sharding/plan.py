@@ -84,14 +84,14 @@ def make_plan(
     world_size = dist.get_world_size(group)
     result: list[ShardingPlan | str | None] = [None]
     if dist.get_rank(group) == 0:
-        planner = EmbeddingShardingPlanner(
-            topology=make_topology(config, device, world_size),
-            batch_size=batch_size,
-            storage_reservation=FixedPercentageStorageReservation(percentage=config.reserved_memory_fraction),
-            constraints=make_constraints(tables_of(model), config, world_size, mean_lengths),
-            debug=False,
-        )
         try:
+            planner = EmbeddingShardingPlanner(
+                topology=make_topology(config, device, world_size),
+                batch_size=batch_size,
+                storage_reservation=FixedPercentageStorageReservation(percentage=config.reserved_memory_fraction),
+                constraints=make_constraints(tables_of(model), config, world_size, mean_lengths),
+                debug=False,
+            )
             result = [planner.plan(model, sharders)]
         except Exception as error:  # whatever it is, the other ranks have to hear of it
             result = [f"no sharding plan fits: {type(error).__name__}: {error}"]

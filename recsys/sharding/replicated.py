@@ -35,8 +35,7 @@ class ReplicatedLookup(BaseEmbeddingLookup[KeyedJaggedTensor, Tensor]):
         self.num_features = [table.num_features() for table in tables]
         self.names = [table.name for table in tables]
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(table.num_embeddings, table.embedding_dim, device=device))
-            for table in tables
+            nn.Parameter(torch.empty(table.num_embeddings, table.embedding_dim, device=device)) for table in tables
         )
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
@@ -71,9 +70,7 @@ class _ShardedSequences(ShardedEmbeddingCollection):
         return super().input_dist(ctx, one_user_without_ids(features) if features.stride() == 0 else features)
 
     @classmethod
-    def create_embedding_sharding(
-        cls, sharding_type: str, sharding_infos: Any, env: Any, **options: Any
-    ) -> Any:
+    def create_embedding_sharding(cls, sharding_type: str, sharding_infos: Any, env: Any, **options: Any) -> Any:
         if sharding_type == ShardingType.DATA_PARALLEL.value:
             return ReplicatedSequenceSharding(sharding_infos, env, options.get("device"))
         return super().create_embedding_sharding(

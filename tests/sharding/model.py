@@ -146,9 +146,7 @@ def batch_of(users: list[User]) -> TinyBatch:
 def initial_tables() -> dict[str, Tensor]:
     """Weights to start every plan from."""
     generator = torch.Generator().manual_seed(11)
-    return {
-        name: torch.randn(rows, DIMS[name], generator=generator) * 0.3 for name, rows in SCHEMA.tables.items()
-    }
+    return {name: torch.randn(rows, DIMS[name], generator=generator) * 0.3 for name, rows in SCHEMA.tables.items()}
 
 
 @dataclass
@@ -209,9 +207,7 @@ def _look_up(weights: dict[str, Tensor], users: list[User], pooling: str) -> dic
 class _Updater:
     """Each rule once more, row by row over the ids that were looked up."""
 
-    def __init__(
-        self, config: SparseOptimizerConfig, weights: dict[str, Tensor], blocks: dict[str, list[int]]
-    ) -> None:
+    def __init__(self, config: SparseOptimizerConfig, weights: dict[str, Tensor], blocks: dict[str, list[int]]) -> None:
         self.config, self.weights, self.blocks = config, weights, blocks
         self.first = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in weights.items()}

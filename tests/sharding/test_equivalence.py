@@ -82,8 +82,7 @@ def cpu_cases() -> list[Case]:
     ]
     cases.append(Case("data_parallel-adam", load_plan("data_parallel"), "adam"))
     return cases + [
-        Case(f"{name}-pipelined", plan, "rowwise_adagrad", pipeline=True)
-        for name, plan in plans_on_cpu().items()
+        Case(f"{name}-pipelined", plan, "rowwise_adagrad", pipeline=True) for name, plan in plans_on_cpu().items()
     ]
 
 
@@ -102,8 +101,7 @@ def gpu_cases() -> list[Case]:
         for optimizer in OPTIMIZERS
     ]
     return cases + [
-        Case(f"{name}-pipelined", plan, "rowwise_adagrad", pipeline=True)
-        for name, plan in plans_on_gpu().items()
+        Case(f"{name}-pipelined", plan, "rowwise_adagrad", pipeline=True) for name, plan in plans_on_gpu().items()
     ]
 
 

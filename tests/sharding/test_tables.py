@@ -103,9 +103,7 @@ def test_adam_goes_on_after_a_restart() -> None:
     for i, gradient in enumerate(gradients):
         if i == 2:
             saved_weight, saved_state = whole.detach().clone(), optimizer.state_dict()
-            saved_state = {
-                "state": {k: {n: t.clone() for n, t in s.items()} for k, s in saved_state["state"].items()}
-            }
+            saved_state = {"state": {k: {n: t.clone() for n, t in s.items()} for k, s in saved_state["state"].items()}}
         whole.grad = gradient
         optimizer.step()
     resumed = torch.nn.Parameter(saved_weight)

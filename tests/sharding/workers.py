@@ -81,9 +81,7 @@ def train_case(rank: int, world_size: int, case: Case, device: torch.device) -> 
     pipelined: list[str] = []
     forward = []
     if case.pipeline:
-        pipeline = TrainPipelineSparseDist(
-            sharded.model, Both(dense, sharded), device, execute_all_batches=True
-        )
+        pipeline = TrainPipelineSparseDist(sharded.model, Both(dense, sharded), device, execute_all_batches=True)
         iterator = iter(batches)
         for _ in batches:
             forward.append(_detached(pipeline.progress(iterator)))
