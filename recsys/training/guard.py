@@ -47,7 +47,8 @@ class FiniteGuard:
         names = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
         raise NonFiniteLossError(
             f"the loss was first not finite at step {step} on rank {rank}: {where} were NaN or infinite. "
-            f"Parameters of this rank that are not finite by now: {', '.join(names[:8]) or 'none'}{' ...' if len(names) > 8 else ''}. "
-            "No checkpoint was written since. Lower optimizer.dense.lr or optimizer.sparse.lr, look for the operation "
-            "with trainer.detect_anomaly=true, or leave such steps out with trainer.non_finite=skip."
+            f"Parameters of this rank that are not finite by now: {', '.join(names[:8]) or 'none'}"
+            f"{' ...' if len(names) > 8 else ''}. No checkpoint was written since. Lower optimizer.dense.lr or "
+            "optimizer.sparse.lr, look for the operation with trainer.detect_anomaly=true, or leave such steps out "
+            "with trainer.non_finite=skip."
         )

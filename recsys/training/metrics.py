@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryAUROC
+from torchmetrics.functional.classification import binary_auroc
+
+from recsys.training.distributed import Ranks
 
 _EPS = 1e-7
 
@@ -24,7 +26,7 @@ class NormalizedEntropy(Metric):
     count: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         for name in ("cross_entropy", "positives", "count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -48,7 +50,7 @@ class Calibration(Metric):
     observed: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         for name in ("predicted", "observed"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -80,12 +82,14 @@ class TaskQuality:
 class QualityMeter:
     """Collects predictions and turns them into `TaskQuality` per task.
 
-    `add` only keeps references, so it costs nothing in a training step; `compute` is a collective, for all ranks together.
-    The AUC is exact, from all predictions added since the last `reset`.
+    `add` only keeps references, so it costs nothing in a training step; `compute` is a collective, for all ranks
+    together. The AUC is exact, from all predictions added since the last `reset`.
     """
 
     tasks: tuple[str, ...]
     device: torch.device
+    ranks: Ranks | None = None
+    """Whose predictions count; `None`: this process alone."""
     _logits: list[Tensor] = field(default_factory=list)
     _labels: list[Tensor] = field(default_factory=list)
     _true_probs: list[Tensor] = field(default_factory=list)
@@ -113,25 +117,33 @@ class QualityMeter:
             setattr(self, name, [tensor.to(self.device) for tensor in tensors])
 
     def compute(self) -> dict[str, TaskQuality]:
-        """Quality per task over all ranks; synchronises with the device."""
-        empty = torch.zeros(0, len(self.tasks), device=self.device)
-        probs = torch.cat([empty, *self._logits]).sigmoid()
-        labels = torch.cat([empty, *self._labels])
-        knows_truth = bool(self._true_probs)
-        true_probs = torch.cat([empty, *self._true_probs])
+        """Quality per task over all ranks, computed on the host; synchronises with the device."""
+        probs, labels, true_probs = self._over_ranks()
         quality = {}
         for i, task in enumerate(self.tasks):
-            ne, auc, calibration = self._measure(probs[:, i], labels[:, i])
+            ne, auc, calibration = measure(probs[:, i], labels[:, i])
             best_ne, best_auc = math.nan, math.nan
-            if knows_truth:
-                best_ne, best_auc, _ = self._measure(true_probs[:, i], labels[:, i])
+            if len(true_probs):
+                best_ne, best_auc, _ = measure(true_probs[:, i], labels[:, i])
             quality[task] = TaskQuality(ne, auc, calibration, best_ne, best_auc)
         return quality
 
-    def _measure(self, probs: Tensor, labels: Tensor) -> tuple[float, float, float]:
-        values = []
-        for metric in (NormalizedEntropy(), BinaryAUROC(validate_args=False), Calibration()):
-            metric = metric.to(self.device)
-            metric.update(probs, labels.long())
-            values.append(float(metric.compute()))
-        return values[0], values[1], values[2]
+    def _over_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What all ranks added, on the host: `(N, T)` probabilities and labels, and true probabilities or none."""
+        none = torch.zeros(0, len(self.tasks), device=self.device)
+        mine = torch.cat([none, *self._logits]).sigmoid(), torch.cat([none, *self._labels])
+        added = [tensor.cpu() for tensor in (*mine, torch.cat([none, *self._true_probs]))]
+        by_rank = [added] if self.ranks is None else self.ranks.gather(added)
+        probs, labels, true_probs = (torch.cat(tensors) for tensors in zip(*by_rank, strict=True))
+        return probs, labels, true_probs
+
+
+def measure(probs: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """NE, AUC and calibration of `(N,)` probabilities and labels, on this process alone; NaN where not defined."""
+    ne, calibration = NormalizedEntropy(), Calibration()
+    ne.update(probs, labels)
+    calibration.update(probs, labels)
+    auc = math.nan
+    if 0 < labels.sum() < len(labels):  # with labels of one class torchmetrics warns and says 0
+        auc = float(binary_auroc(probs, labels.long(), validate_args=False))
+    return float(ne.compute()), auc, float(calibration.compute())

@@ -25,31 +25,30 @@ class NonFinite(Enum):
     skip = "skip"
 
 
-class _SkipNonFinite:
+class _Skipping:
     """Leaves the backward out, on every rank, in a step in which any rank's loss is not finite.
 
     Sparse optimizers run inside the backward, so the step has to be given up before it, which takes one host
-    synchronisation a step; `NonFinite.stop` needs none.
+    synchronisation a step; `NonFinite.stop` needs none. The dense optimizer finds no gradients and does nothing.
     """
 
     num_skipped = 0
+    last_skipped = False
 
     def _backward(self, losses: Tensor) -> None:
         finite = torch.isfinite(losses.detach()).all().float()
         if dist.get_world_size() > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if finite.item() == 1.0:
-            super()._backward(losses)  # type: ignore[misc]
-        else:
+        self.last_skipped = finite.item() == 0.0
+        if self.last_skipped:
             self.num_skipped += 1
+        else:
+            super()._backward(losses)  # type: ignore[misc]
 
 
-class _SparseDist(TrainPipelineSparseDist):
-    pass
-
-
-class _SparseDistSkipping(_SkipNonFinite, TrainPipelineSparseDist):
-    pass
+class _NotSkipping:
+    num_skipped = 0
+    last_skipped = False
 
 
 class _Base(TrainPipelineBase):
@@ -58,7 +57,19 @@ class _Base(TrainPipelineBase):
         return self._model
 
 
-class _BaseSkipping(_SkipNonFinite, _Base):
+class _SparseDist(_NotSkipping, TrainPipelineSparseDist):
+    pass
+
+
+class _SparseDistSkipping(_Skipping, TrainPipelineSparseDist):
+    pass
+
+
+class _Plain(_NotSkipping, _Base):
+    pass
+
+
+class _PlainSkipping(_Skipping, _Base):
     pass
 
 
@@ -68,10 +79,11 @@ def build_pipeline(
     """A TorchRec pipeline over `model(batch) -> (loss, predictions)`.
 
     `sparse_dist` copies batch i+2 to the device and exchanges the ids of batch i+1 while batch i trains;
-    `base` only copies ahead.
-    `progress(iterator)` runs one step, `detach()` gives the plain model for an evaluation in between.
+    `base` only copies ahead. `progress(iterator)` runs one step, `detach()` gives the plain model for an evaluation in
+    between, `num_skipped` and `last_skipped` tell which steps were left out.
     """
-    skipping = non_finite is NonFinite.skip
     if kind is PipelineKind.sparse_dist:
-        return (_SparseDistSkipping if skipping else _SparseDist)(model, optimizers, device, execute_all_batches=True)
-    return (_BaseSkipping if skipping else _Base)(model, optimizers, device)
+        pipeline = _SparseDistSkipping if non_finite is NonFinite.skip else _SparseDist
+        return pipeline(model, optimizers, device, execute_all_batches=True)
+    plain = _PlainSkipping if non_finite is NonFinite.skip else _Plain
+    return plain(model, optimizers, device)

@@ -49,6 +49,12 @@ class Window:
         self.losses.append(predictions.loss)
         self.meter.add(predictions.logits, predictions.batch.labels, predictions.batch.true_probs)
 
+    def mean_loss(self) -> Tensor:
+        """Mean loss of this rank's steps, on the device; NaN if all were left out."""
+        if not self.losses:
+            return torch.full((), torch.nan, device=self.meter.device)
+        return torch.stack(self.losses).mean()
+
     def restart(self, counts: Counts) -> None:
         """Begin the next window."""
         self.meter.reset()

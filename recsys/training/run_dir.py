@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from recsys.training.checkpoint import Checkpointer
 from recsys.training.distributed import Ranks
 
 
@@ -72,7 +73,7 @@ def _choose(run_dir: str | None, home: Path, resume: bool) -> Path:
             )
         return path
     if resume:
-        runs = [path.parent for path in home.glob("*/checkpoints") if any(path.glob("step_*"))]
+        runs = [path.parent for path in home.glob("*/checkpoints") if Checkpointer(path).latest() is not None]
         if runs:
             return max(runs, key=lambda path: path.stat().st_mtime)
     stamp = time.strftime("%Y%m%d-%H%M%S")

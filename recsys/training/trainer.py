@@ -56,7 +56,7 @@ class Trainer:
             config.sharding,
             device=self.device,
             batch_size=config.data.batch_size,
-            optimizer=config.optimizer.sparse,
+            sparse_optimizer=config.optimizer.sparse,
             mean_lengths=mean_lengths(parts.source),
             seed=config.seed,
         )
@@ -69,7 +69,9 @@ class Trainer:
         self.pipeline = build_pipeline(
             config.trainer.pipeline, config.trainer.non_finite, self.model, self.optimizers, self.device
         )
-        self.checkpointer = Checkpointer(run_dir.checkpoints, keep=config.trainer.keep_checkpoints)
+        self.checkpointer = Checkpointer(
+            run_dir.checkpoints, keep=config.trainer.keep_checkpoints, process_group=ranks.host_group
+        )
 
         self.progress = Progress()
         self.first_step = 0
@@ -80,7 +82,7 @@ class Trainer:
         """The same when the steps that the summary leaves out were done."""
         self.timer = StepTimer(self.device)
         self.guard = FiniteGuard(ranks, self.tasks)
-        self.window = Window(QualityMeter(self.tasks, self.device))
+        self.window = Window(QualityMeter(self.tasks, self.device, ranks))
         self.reporter = Reporter(config, run_dir, ranks)
         diverge_seed(config.seed, ranks.rank)
 
@@ -139,8 +141,9 @@ class Trainer:
             self.schedule.step()
             self.progress.step += 1
             self.progress.users_consumed += self.config.data.batch_size * self.ranks.world_size
-            self.guard.watch(self.progress.step, predictions.loss, predictions.logits)
-            self.window.add(predictions)
+            if not self.pipeline.last_skipped:
+                self.guard.watch(self.progress.step, predictions.loss, predictions.logits)
+                self.window.add(predictions)
             self.count(predictions.batch)
             self.timer.step_done()
 
@@ -171,13 +174,13 @@ class Trainer:
         seconds = self.timer.collect()
         self.guard.check(self.model)
         quality = self.window.meter.compute()
-        loss = float(self.ranks.mean(torch.stack(self.window.losses).mean()))
-        rate = self.over_ranks(self.counts.minus(self.window.counts)).per_second(seconds)
+        loss = float(self.ranks.mean(self.window.mean_loss()))
+        rate = self.rates(self.counts.minus(self.window.counts), seconds)
         rates = {
             "samples_per_second": rate.samples,
             "tokens_per_second": rate.tokens,
             "candidates_per_second": rate.candidates,
-            "lr": self.schedule.get_last_lr()[0],
+            "lr": float(self.schedule.get_last_lr()[0]),
         }
         self.reporter.window(self.progress.step, loss, rates, quality)
         self.window.restart(self.counts)
@@ -188,7 +191,7 @@ class Trainer:
         start = time.perf_counter()
         model = self.pipeline.detach()
         model.eval()
-        meter = QualityMeter(self.tasks, self.device)
+        meter = QualityMeter(self.tasks, self.device, self.ranks)
         samples = 0
         for batch in self.batches("eval"):
             _, predictions = model(batch.to(self.device, non_blocking=True))
@@ -240,9 +243,10 @@ class Trainer:
         warmup = self.config.trainer.warmup_steps
         return warmup if self.config.trainer.max_steps - self.first_step > warmup else 0
 
-    def over_ranks(self, counts: Counts) -> Counts:
-        """The sum of every rank's counts."""
-        return Counts.sum(self.ranks.gather(counts))
+    def rates(self, counts: Counts, seconds: float) -> Counts:
+        """What all ranks counted, per second of the slowest; a collective."""
+        every = self.ranks.gather((counts, seconds))
+        return Counts.sum([c for c, _ in every]).per_second(max(s for _, s in every))
 
     def progress_over_ranks(self) -> Progress:
         """This run's progress, with what every rank counted."""
@@ -252,7 +256,7 @@ class Trainer:
         """What the run measured; a collective."""
         self.timer.collect()
         times = self.timer.step_seconds[self.num_warmup_steps() :]
-        rates = self.over_ranks(self.counts.minus(self.warm_counts)).per_second(sum(times))
+        rates = self.rates(self.counts.minus(self.warm_counts), sum(times))
         progress = self.progress_over_ranks()
         environ = environment()
         peak = bf16_peak_flops(environ["device"] or "") if self.device.type == "cuda" else None
@@ -279,7 +283,7 @@ class Trainer:
             truncated_users=progress.truncated_users,
             truncated_events=progress.truncated_events,
             repaired_ids=progress.repaired_ids,
-            skipped_steps=getattr(self.pipeline, "num_skipped", 0),
+            skipped_steps=self.pipeline.num_skipped,
             eval=quality,
             environment=environ,
             command=" ".join(sys.argv),
