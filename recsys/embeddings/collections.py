@@ -134,17 +134,21 @@ class PooledEmbeddings(nn.Module):
         return [collection(context) for collection in self.collections.values()]
 
 
-def merge_features(collections: Iterable[Any]) -> dict[str, Tensor]:
-    """What either module returned, as one dict: feature to `(tokens, dim)` or, for pooled features, `(B,
-    dim)`.
+def merge_features(collections: Iterable[Any], num_users: int | None = None) -> dict[str, Tensor]:
+    """What either module returned, as one dict: feature to `(tokens, dim)` or, for pooled features, `(B, dim)`.
 
     Waits for the exchange of embeddings where it is still under way, so call it as late as possible.
+
+    Args:
+        collections: what the module returned.
+        num_users: `B`, for pooled features: sharded ones have a row too many for a batch without users
+            (recsys/sharding/replicated.py).
     """
     values: dict[str, Tensor] = {}
     for features in collections:
         # Sharded collections return a stand-in that waits, once, when an attribute is asked for.
         if hasattr(features, "to_dict"):
-            values.update(features.to_dict())
+            values.update({key: rows[:num_users] for key, rows in features.to_dict().items()})
         else:
             values.update({key: rows.values() for key, rows in features.items()})
     return values

@@ -124,10 +124,8 @@ class Interaction(nn.Module):
         ):
             sequence = join_layout(batch)
             candidates_NW = self.tower(batch, sequence, merge_features(sequences))
-            pooled = merge_features(context)
-            # [:B]: for a batch without users FBGEMM's replicated lookup on a CPU gives one row.
-            pooled_BE = [pooled[key][: batch.num_users] for key in self.context_keys]
-            context_BE = torch.cat([*pooled_BE, batch.dense], dim=-1)
+            pooled = merge_features(context, batch.num_users)
+            context_BE = torch.cat([*(pooled[key] for key in self.context_keys), batch.dense], dim=-1)
             context_NC = self.context(context_BE)[sequence.candidate_user]
             x = self.cross(torch.cat([candidates_NW, context_NC.to(candidates_NW.dtype)], dim=-1))
             return torch.cat([head(x) for head in self.heads], dim=-1).float()

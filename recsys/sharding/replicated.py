@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.sharding.dp_sequence_sharding import DpSequenceEmbeddingSharding
 from torchrec.distributed.types import ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -115,8 +115,27 @@ class SequenceSharder(_KnownKernels, EmbeddingCollectionSharder):
         )
 
 
+class _ShardedBags(ShardedEmbeddingBagCollection):
+    """TorchRec's, for batches without users: they give one row, of a user without ids, to be cut off."""
+
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
+        """As for sequences: `(-1, stride)` is ambiguous for stride 0."""
+        return super().input_dist(ctx, one_user_without_ids(features) if features.stride() == 0 else features)
+
+
 class PooledSharder(_KnownKernels, EmbeddingBagCollectionSharder):
     """Shards `EmbeddingBagCollection`s."""
+
+    def shard(self, module: Any, params: Any, env: Any, device: Any = None, module_fqn: Any = None) -> Any:
+        return _ShardedBags(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
 
 
 def sharder_of(pooled: bool) -> SequenceSharder | PooledSharder:

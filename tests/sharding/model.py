@@ -84,7 +84,7 @@ class TinyModel(nn.Module):
     def forward(self, batch: TinyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = self.sequence_embeddings(batch.sequences)
         context = self.context_embeddings(batch.context)
-        return self.readout(sequences, context)
+        return self.readout(sequences, context, batch.context.stride())
 
 
 class Readout(nn.Module):
@@ -93,8 +93,8 @@ class Readout(nn.Module):
         self.head = Head(dims)
         self.loss_scale = loss_scale
 
-    def forward(self, sequences: list, context: list) -> tuple[Tensor, dict[str, Tensor]]:
-        features = merge_features([*sequences, *context])
+    def forward(self, sequences: list, context: list, num_users: int) -> tuple[Tensor, dict[str, Tensor]]:
+        features = merge_features(sequences) | merge_features(context, num_users)
         return self.head(features) * self.loss_scale / TOKENS_PER_STEP, features
 
 
