@@ -69,6 +69,7 @@ def test_overrides_from_the_readme_reach_their_place() -> None:
         "model.mixer=mean_pool",
         "+model.embedding_dims.item=64",
         "+sharding.tables.item={sharding_type: column_wise}",
+        "+sharding.tables.action.sharding_type=table_wise",
     )
     assert config.model.width == 256
     assert config.model.mixer is MixerKind.mean_pool
@@ -76,6 +77,7 @@ def test_overrides_from_the_readme_reach_their_place() -> None:
     assert config.attention.backend is BackendName.jagged_flash
     assert config.sharding.sequence.sharding_type is ShardingKind.row_wise
     assert config.sharding.tables["item"].sharding_type is ShardingKind.column_wise
+    assert config.sharding.tables["action"].sharding_type is ShardingKind.table_wise
     assert config.data.history.mean == 500  # type: ignore[attr-defined]
     assert config.trainer.max_steps == 200
 
@@ -90,6 +92,8 @@ def test_overrides_from_the_readme_reach_their_place() -> None:
         ("model.mixer=max", ["expected one of [attention, mean_pool]"]),
         ("attention=flash", ["auto", "dense", "jagged_flash", "sdpa", "varlen"]),
         ("sharding.sequence.sharding_type=rows", ["table_wise, row_wise, column_wise"]),
+        ("+sharding.tables.item.sharding_type=rows", ["sharding.tables.item.sharding_type is rows", "row_wise"]),
+        ("+sharding.tables.item.type=row_wise", ["allowed are the keys sharding_type, compute_kernel"]),
         ("model.width=0", ["model.width is 0: allowed are values >= 1"]),
         ("data.batch_size=0", ["data.batch_size is 0", "1 or more"]),
         ("trainer.profile_steps=[3]", ["trainer.profile_steps is [3]", "[first, last]"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from recsys.embeddings import Table
 
@@ -59,8 +60,8 @@ class ShardingConfig:
     pooled: TableSharding = field(default_factory=TableSharding)
     """Pooled tables: context."""
 
-    tables: dict[str, TableSharding] = field(default_factory=dict)
-    """Tables that are laid out differently, by name."""
+    tables: dict[str, Any] = field(default_factory=dict)
+    """Tables that are laid out differently, by name; each a `TableSharding`."""
 
     column_shard_dim: int | None = None
     """Columns of a shard where a table is cut by columns; a multiple of 4 that divides the table's dimension.
@@ -76,6 +77,8 @@ class ShardingConfig:
     """Part of that memory kept free for the dense model, its optimizer and activations."""
 
     def __post_init__(self) -> None:
+        # Hydra can't add a dataclass to a dict from the command line, so what it adds becomes one here.
+        self.tables = {table: _table_sharding(table, asked) for table, asked in self.tables.items()}
         if self.column_shard_dim is not None and (self.column_shard_dim < 4 or self.column_shard_dim % 4):
             raise ValueError(
                 f"sharding.column_shard_dim is {self.column_shard_dim}: allowed are null and multiples of 4"
@@ -91,4 +94,21 @@ class ShardingConfig:
 
     def of(self, table: Table) -> TableSharding:
         """What is asked of `table`."""
-        return self.tables.get(table.name, self.pooled if table.pooled else self.sequence)
+        asked: TableSharding = self.tables.get(table.name, self.pooled if table.pooled else self.sequence)
+        return asked
+
+
+def _table_sharding(table: str, asked: Any) -> TableSharding:
+    if isinstance(asked, TableSharding):
+        return asked
+    kinds: dict[str, type[Enum]] = {"sharding_type": ShardingKind, "compute_kernel": ComputeKernel}
+    if not isinstance(asked, dict) or set(asked) - set(kinds):
+        raise ValueError(f"sharding.tables.{table} is {asked}: allowed are the keys {', '.join(kinds)}")
+    values: dict[str, Any] = {}
+    for key, value in asked.items():
+        name = value.value if isinstance(value, Enum) else value
+        allowed = [kind.value for kind in kinds[key]]
+        if name not in allowed:
+            raise ValueError(f"sharding.tables.{table}.{key} is {name}: allowed are {', '.join(allowed)}")
+        values[key] = kinds[key](name)
+    return TableSharding(**values)
