@@ -64,7 +64,7 @@ class DataConfig:
 class HistoryConfig:
     """Lengths of the histories: lognormal, at least one event, clamped to `max`; and some empty ones."""
 
-    mean: float = 44.0
+    mean: float = 48.0
     """Mean events of a user who has any, before clamping to `max`: the mean that comes out is smaller, the more
     so the closer `max` is and the larger `sigma`."""
     max: int = 160
@@ -153,13 +153,17 @@ class PlantedConfig:
     """Categories a user moves between; every session is about one of them."""
     session_events: float = 6.0
     """Mean events of a session. The newest session has at least `min_current_events`."""
-    min_current_events: int = 4
+    min_current_events: int = 5
     """Fewest events that tell the current interest (where the history has that many)."""
+    max_idle_events: int = 24
+    """Most of the newest events that are about nothing and skipped (a page left open): this times the square of a
+    uniform number, and at most half the history. So how old an event is does not tell whether it is of the newest
+    session: it has to be compared with the others."""
     on_interest: float = 0.85
     """Share of events about the session's interest; the others are about any category."""
-    positive_on_interest: float = 0.8
+    positive_on_interest: float = 0.9
     """Chance that an event about the interest gets a positive action (1 and up; 0 is a skip)."""
-    positive_off_interest: float = 0.1
+    positive_off_interest: float = 0.05
     """Chance that another event gets a positive action."""
     current_candidates: float = 0.4
     """Share of candidates from the current interest."""
@@ -183,14 +187,9 @@ class PlantedConfig:
             _require_probability(f"planted.{name}", getattr(self, name))
         both = self.current_candidates + self.past_candidates
         require(both <= 1, "planted.current_candidates + past_candidates", both, "1 at most together")
-        require(self.interests_per_user >= 1, "planted.interests_per_user", self.interests_per_user, "1 or more")
-        require(self.session_events >= 1, "planted.session_events", self.session_events, "1 or more events")
-        require(
-            self.min_current_events >= 1,
-            "planted.min_current_events",
-            self.min_current_events,
-            "1 or more events",
-        )
+        for name in ("interests_per_user", "session_events", "min_current_events"):
+            require(getattr(self, name) >= 1, f"planted.{name}", getattr(self, name), "1 or more")
+        require(self.max_idle_events >= 0, "planted.max_idle_events", self.max_idle_events, "0 or more events")
         for name in (
             "item_exponent",
             "category_exponent",

@@ -30,8 +30,10 @@ _EPOCH_SECONDS = 1_735_689_600
 _REQUEST_SPAN_SECONDS = 30 * 86_400
 _WITHIN_SESSION_SECONDS = 60.0
 """Mean seconds between two events of a session (exponential, cut at 20 minutes)."""
-_BETWEEN_SESSIONS_SECONDS = 12 * 3600.0
-"""Mean seconds between two sessions, past the half hour that there is at least (exponential)."""
+_SHORTEST_PAUSE_SECONDS = 1800.0
+"""Least seconds between two sessions; more come on top (exponential), on average this times the user's pace."""
+_PACES = 500.0
+"""Users' paces are log-uniform from 1 to this: what is old for one is new for another."""
 
 
 @dataclass
@@ -135,23 +137,29 @@ class SyntheticSource:
         slot = self._slot(self._keys("sessions", ids), 0)
         return _Users(ids, interests, np.take_along_axis(interests, slot[:, None], 1)[:, 0], slot)
 
-    def _history_lengths(self, ids: I64) -> I64:
+    def _history_lengths(self, ids: I64) -> tuple[I64, I64]:
+        """Events per user, and how many of the newest are idle: at most half of what there is before clamping."""
         settings = self.config.history
         z = hashing.normal(self._keys("history_length", ids)).astype(np.float64)
         mu = math.log(settings.mean) - settings.sigma**2 / 2
         lengths = np.clip(np.rint(np.exp(mu + settings.sigma * z)), 1, None)
+        most_idle = np.minimum(np.floor(lengths / 2), self.config.planted.max_idle_events)
+        share = hashing.uniform(hashing.parts32(self._keys("idle", ids))[:, 0])
+        idle = np.floor(share * share * (most_idle + 1)).astype(np.int64)
         lengths = np.minimum(lengths, settings.max).astype(np.int64)
         empty = hashing.uniform(hashing.parts32(self._keys("empty", ids))[:, 0]) < settings.empty_fraction
         lengths[empty] = 0
-        return lengths
+        return lengths, idle
 
     def _history(self, people: _Users) -> _History:
         """Events of the users. Position 0 is the newest event, so that a longer history would only add old ones."""
         planted = self.config.planted
-        lengths = self._history_lengths(people.ids)
+        lengths, idle = self._history_lengths(people.ids)
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
         position = np.repeat(ends, lengths) - 1 - np.arange(total)
+        # Events before the idle ones, counted back from the newest of them; negative for idle events.
+        active = position - np.repeat(idle, lengths)
 
         def event_bits(name: str) -> U64:
             return hashing.draws(np.repeat(self._keys(name, people.ids), lengths), position.view(np.uint64))
@@ -161,19 +169,22 @@ class SyntheticSource:
 
         # An event is the last of an older session with chance 1 / session_events, but not among the newest few.
         closes = what[:, 0] < hashing.threshold16(1 / planted.session_events)
-        closes &= position >= planted.min_current_events
+        closes &= active >= planted.min_current_events
         session_category, session_lengths = self._sessions(people, lengths, position, closes)
-        on_interest = what[:, 1] < hashing.threshold16(planted.on_interest)
-        category = np.where(
-            on_interest, np.repeat(session_category, session_lengths), self.catalogue.category(what[:, 2])
-        )
-        on_interest = category == np.repeat(session_category, session_lengths)
+        session_category = np.repeat(session_category, session_lengths)
+        is_idle = active < 0
+        on_interest = ~is_idle & (what[:, 1] < hashing.threshold16(planted.on_interest))
+        category = np.where(on_interest, session_category, self.catalogue.category(what[:, 2]))
+        # An idle event that happens to be about the interest is still a skip.
+        on_interest = ~is_idle & (category == session_category)
         values = {
             "item_id": self.catalogue.item(category, hashing.uniform(where[:, 0])),
             "category_id": category,
-            "action": self._actions(on_interest, what[:, 3]),
+            "action": np.where(is_idle, 0, self._actions(on_interest, what[:, 3])),
         }
-        time, request_time = self._times(people.ids, lengths, closes, where[:, 1])
+        # A long pause comes after every session, and so before the first idle event.
+        pause = closes | ((active == 0) & (position > 0))
+        time, request_time = self._times(people.ids, lengths, pause, where[:, 1])
         return _History(lengths, values, time, request_time)
 
     def _sessions(self, people: _Users, lengths: I64, position: I64, closes: npt.NDArray[np.bool_]) -> tuple[I64, I64]:
@@ -200,13 +211,15 @@ class SyntheticSource:
         return np.where(bits < bound, 1 + bits % np.uint16(self.config.num_actions - 1), 0).astype(np.int64)
 
     def _times(
-        self, ids: I64, lengths: I64, closes: npt.NDArray[np.bool_], bits: npt.NDArray[np.uint32]
+        self, ids: I64, lengths: I64, pause: npt.NDArray[np.bool_], bits: npt.NDArray[np.uint32]
     ) -> tuple[I64, I64]:
         """Seconds of every event and of the request: the gap after an event is short within a session."""
         exponential = -np.log1p(-hashing.uniform(bits))
         within = np.minimum(exponential * np.float32(_WITHIN_SESSION_SECONDS), 1200)
-        between = 1800 + exponential * np.float32(_BETWEEN_SESSIONS_SECONDS)
-        gaps = 1 + np.where(closes, between, within).astype(np.int64)
+        pace = hashing.uniform(hashing.parts32(self._keys("pace", ids))[:, 0])
+        scale = np.float32(_SHORTEST_PAUSE_SECONDS) * np.float32(_PACES) ** pace
+        between = _SHORTEST_PAUSE_SECONDS + exponential * np.repeat(scale, lengths)
+        gaps = 1 + np.where(pause, between, within).astype(np.int64)
         span = (self._keys("request", ids) >> np.uint64(33)) % np.uint64(_REQUEST_SPAN_SECONDS)
         request_time = _EPOCH_SECONDS + span.astype(np.int64)
         elapsed = np.concatenate([np.zeros(1, np.int64), np.cumsum(gaps)])

@@ -111,7 +111,9 @@ def test_items_belong_to_their_category_and_fit_the_table(exponent, num_items):
 
 
 def test_times_ascend_and_show_the_sessions():
-    batch = small_source(history=HistoryConfig(mean=50, max=200)).batch("train", np.arange(500))
+    planted = PlantedConfig(max_idle_events=0)
+    source = small_source(history=HistoryConfig(mean=50, max=200), planted=planted)
+    batch = source.batch("train", np.arange(500))
     gaps = []
     for row in rows(batch):
         times = [*row["history_time"], row["request_time"]]
@@ -153,26 +155,38 @@ def test_context_and_dense_have_the_configured_shapes():
     assert none.dense.shape == (3, 0)
 
 
-def test_the_signal_is_in_the_current_session_and_not_in_the_whole_history():
-    """Scoring a candidate by how often its category got a positive action: the newest session tells far more."""
+def test_the_signal_is_in_the_newest_positive_events():
+    """What ranks candidates: the newest events that met with a positive action; neither all of them nor the newest."""
     source = SyntheticSource(SyntheticConfig())
     batch = source.batch("train", np.arange(3000))
-    newest, whole, labels, probs = [], [], [], []
+    scores = {"newest positive": [], "all": [], "newest": []}
+    labels, probs = [], []
     for row in rows(batch):
-        category, action = np.array(row["category_id"]), np.array(row["action"])
-        time = np.array([*row["history_time"], row["request_time"]])
-        breaks = np.flatnonzero(np.diff(time) >= 1800)
-        start = breaks[-1] + 1 if len(breaks) else 0
+        category, positive = np.array(row["category_id"], np.int64), np.array(row["action"], np.int64) > 0
         for candidate in row["candidate_category_id"]:
-            hits = (category == candidate) & (action > 0)
-            newest.append(hits[start:].mean() if len(hits) else 0.0)
-            whole.append(hits.mean() if len(hits) else 0.0)
+            hits = (category == candidate) & positive
+            scores["newest positive"].append(hits[positive][-4:].sum())
+            scores["all"].append(hits.mean() if len(hits) else 0.0)
+            scores["newest"].append(hits[-4:].sum())
         labels += [label[0] for label in row["labels"]]
         probs += [prob[0] for prob in row["true_probs"]]
-    best, in_newest, in_whole = (auc(np.array(score), np.array(labels)) for score in (probs, newest, whole))
-    assert best > 0.85
-    assert 0.5 + 0.85 * (best - 0.5) < in_newest < best
-    assert in_whole < 0.5 + 0.65 * (best - 0.5)
+    best = auc(np.array(probs), np.array(labels))
+    closed = {name: (auc(np.array(score), np.array(labels)) - 0.5) / (best - 0.5) for name, score in scores.items()}
+    assert best > 0.9
+    assert 0.85 < closed["newest positive"] < 1
+    assert closed["all"] < 0.7
+    assert closed["newest"] < 0.5
+
+
+def test_the_newest_events_are_idle_skips():
+    planted = PlantedConfig(max_idle_events=5, positive_on_interest=1.0, on_interest=1.0, session_events=1000)
+    history = HistoryConfig(mean=30, max=100, sigma=0, empty_fraction=0)
+    batch = small_source(planted=planted, history=history).batch("train", np.arange(2000))
+    idle = [len(row["action"]) - np.flatnonzero(row["action"])[-1] - 1 for row in rows(batch)]
+    expected = 2000 * np.diff(np.sqrt(np.arange(7) / 6))  # whole part of 6 times a squared uniform number
+    assert np.bincount(idle).tolist() == pytest.approx(expected.tolist(), rel=0.2)
+    none = small_source(planted=PlantedConfig(max_idle_events=0, positive_on_interest=1.0, on_interest=1.0))
+    assert all(row["action"][-1] > 0 for row in rows(none.batch("train", np.arange(50))) if row["action"])
 
 
 def test_the_other_effects_carry_a_little():
@@ -210,6 +224,7 @@ BAD = {
     "planted.interests_per_user": lambda: PlantedConfig(interests_per_user=0),
     "planted.session_events": lambda: PlantedConfig(session_events=0.5),
     "planted.min_current_events": lambda: PlantedConfig(min_current_events=0),
+    "planted.max_idle_events": lambda: PlantedConfig(max_idle_events=-1),
     "planted.quality_weight": lambda: PlantedConfig(quality_weight=-1),
 }
 
