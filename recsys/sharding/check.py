@@ -8,8 +8,8 @@ from recsys.embeddings import SparseOptimizerConfig, SparseOptimizerName, Table,
 from recsys.sharding.config import ComputeKernel, ShardingConfig, ShardingKind
 from recsys.sharding.replicated import sharder_of
 
-COLUMN_KINDS = (ShardingKind.column_wise, ShardingKind.table_column_wise, ShardingKind.grid_shard)
-ROW_KINDS = (ShardingKind.row_wise, ShardingKind.table_row_wise, ShardingKind.grid_shard)
+COLUMN_KINDS = (ShardingKind.column_wise, ShardingKind.table_column_wise)
+ROW_KINDS = (ShardingKind.row_wise, ShardingKind.table_row_wise)
 
 
 def check_sharding(

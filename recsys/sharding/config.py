@@ -18,7 +18,6 @@ class ShardingKind(Enum):
     column_wise = "column_wise"
     table_row_wise = "table_row_wise"
     table_column_wise = "table_column_wise"
-    grid_shard = "grid_shard"
     data_parallel = "data_parallel"
 
 

@@ -124,7 +124,11 @@ class _ShardedBags(ShardedEmbeddingBagCollection):
 
 
 class PooledSharder(_KnownKernels, EmbeddingBagCollectionSharder):
-    """Shards `EmbeddingBagCollection`s."""
+    """Shards `EmbeddingBagCollection`s, but never as a grid, where TorchRec 1.6.1 pools wrongly (docs/sharding.md)."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        offered = super().sharding_types(compute_device_type)
+        return [kind for kind in offered if kind != ShardingType.GRID_SHARD.value]
 
     def shard(self, module: Any, params: Any, env: Any, device: Any = None, module_fqn: Any = None) -> Any:
         return _ShardedBags(

@@ -67,7 +67,7 @@ class TrainerConfig:
     """A collective that waits longer ends the run."""
 
     sync_debug: SyncDebug = SyncDebug.off
-    """Report host synchronisations between logging steps."""
+    """Report host synchronisations between logging steps, after the first `warmup_steps`."""
 
     detect_anomaly: bool = False
     """Let autograd name the operation behind a NaN gradient; slow."""

@@ -158,9 +158,13 @@ class Trainer:
 
     @contextmanager
     def watch_synchronisations(self) -> Iterator[None]:
-        """Let PyTorch report host synchronisations of a CUDA step, if the config asks for it."""
+        """Let PyTorch report host synchronisations of a CUDA step, if the config asks for it.
+
+        Not in the first steps: TorchRec sets up its exchanges there.
+        """
         mode = self.config.trainer.sync_debug
-        if mode is SyncDebug.off or self.device.type != "cuda":
+        is_warm = self.progress.step - self.first_step >= self.config.trainer.warmup_steps
+        if mode is SyncDebug.off or self.device.type != "cuda" or not is_warm:
             yield
             return
         torch.cuda.set_sync_debug_mode(mode.value)

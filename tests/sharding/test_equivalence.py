@@ -69,7 +69,7 @@ def plans_on_gpu() -> dict[str, ShardingConfig]:
         for kernel in ("fused_uvm", "fused_uvm_caching")
         for kind in ("table_wise", "row_wise", "column_wise")
     }
-    for kind in ("row_wise", "table_row_wise", "grid_shard"):
+    for kind in ("row_wise", "table_row_wise"):
         plans[f"pooled_{kind}"] = ShardingConfig(sequence=asked("table_wise"), pooled=asked(kind))
     return plans
 

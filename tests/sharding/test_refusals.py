@@ -29,10 +29,10 @@ REFUSALS: dict[str, tuple[ShardingConfig, str, str]] = {
         "cpu",
         r"pooled table 'country' on cpu: sharding_type=row_wise.*allowed are \['auto', 'data_parallel', ",
     ),
-    "sequence_grid": (
-        ShardingConfig(sequence=asked("grid_shard")),
+    "sequence_table_row_wise": (
+        ShardingConfig(sequence=asked("table_row_wise")),
         "cuda",
-        r"sequence table 'item' on cuda: sharding_type=grid_shard.*'row_wise'",
+        r"sequence table 'item' on cuda: sharding_type=table_row_wise.*'row_wise'",
     ),
     "one_table_of_a_kind_that_is_not_offered": (
         ShardingConfig(tables={"action": asked("table_row_wise")}),
