@@ -1,19 +1,11 @@
 """How a run goes: steps, logging, evaluation, checkpoints."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from recsys.checks import at_least
 from recsys.training.distributed import DeviceKind
 from recsys.training.pipeline import NonFinite, PipelineKind
-
-
-class SyncDebug(Enum):
-    """What a host synchronisation inside a CUDA training step does (`torch.cuda.set_sync_debug_mode`)."""
-
-    off = "off"
-    warn = "warn"
-    error = "error"
+from recsys.training.sync_watch import SyncDebug
 
 
 @dataclass
@@ -67,7 +59,8 @@ class TrainerConfig:
     """A collective that waits longer ends the run."""
 
     sync_debug: SyncDebug = SyncDebug.off
-    """Report host synchronisations between logging steps, after the first `warmup_steps`."""
+    """Host synchronisations in CUDA training steps, after the first `warmup_steps`: `report` lists them at the end,
+    `error` stops at one outside TorchRec's exchange of sizes."""
 
     detect_anomaly: bool = False
     """Let autograd name the operation behind a NaN gradient; slow."""

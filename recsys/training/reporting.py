@@ -86,7 +86,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line for the user, clear of the progress bar."""
-        if self.ranks.is_main:
+        if self.ranks.is_main and text:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 

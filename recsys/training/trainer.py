@@ -4,7 +4,6 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from recsys.models.ranking import Predictions
 from recsys.sharding import shard
 from recsys.training.build import Parts, mean_lengths
 from recsys.training.checkpoint import Checkpointer, TrainState
-from recsys.training.config import SyncDebug
 from recsys.training.distributed import Ranks, diverge_seed
 from recsys.training.flops import FlopCounter, bf16_peak_flops
 from recsys.training.guard import FiniteGuard
@@ -29,6 +27,7 @@ from recsys.training.progress import Progress, Window
 from recsys.training.reporting import Reporter
 from recsys.training.run_dir import RunDir
 from recsys.training.summary import Summary
+from recsys.training.sync_watch import SyncWatch
 from recsys.training.throughput import Counts, StepTimer, peak_device_mib, peak_host_mib, percentile
 from recsys.versions import environment
 
@@ -81,6 +80,7 @@ class Trainer:
         self.warm_counts = Counts()
         """The same when the steps that the summary leaves out were done."""
         self.timer = StepTimer(self.device)
+        self.sync_watch = SyncWatch(config.trainer.sync_debug, self.device, config.trainer.warmup_steps)
         self.guard = FiniteGuard(ranks, self.tasks)
         self.window = Window(QualityMeter(self.tasks, self.device, ranks))
         self.reporter = Reporter(config, run_dir, ranks)
@@ -110,6 +110,7 @@ class Trainer:
                     self.evaluate()
                 if self.due(trainer.checkpoint_every_steps):
                     self.save()
+        self.reporter.say(self.sync_watch.report())
         quality = self.evaluate() if trainer.final_eval else {}
         if trainer.final_checkpoint and not self.due(trainer.checkpoint_every_steps):
             self.save()
@@ -136,7 +137,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One step: forward, backward with the sparse updates, dense update. Nothing here waits for the device."""
-        with self.watch_synchronisations():
+        with self.sync_watch.step():
             predictions: Predictions = self.pipeline.progress(batches)
             self.schedule.step()
             self.progress.step += 1
@@ -155,23 +156,6 @@ class Trainer:
         self.progress.truncated_users += batch.num_truncated_users
         self.progress.truncated_events += batch.num_truncated_events
         self.progress.repaired_ids += batch.num_bad_ids
-
-    @contextmanager
-    def watch_synchronisations(self) -> Iterator[None]:
-        """Let PyTorch report host synchronisations of a CUDA step, if the config asks for it.
-
-        Not in the first steps: TorchRec sets up its exchanges there.
-        """
-        mode = self.config.trainer.sync_debug
-        is_warm = self.progress.step - self.first_step >= self.config.trainer.warmup_steps
-        if mode is SyncDebug.off or self.device.type != "cuda" or not is_warm:
-            yield
-            return
-        torch.cuda.set_sync_debug_mode(mode.value)
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def log_window(self) -> None:
         """Report loss, quality and rates since the last line; waits for the device and is a collective."""
