@@ -23,6 +23,24 @@ from recsys.checks import at_least
 from recsys.config import TrainConfig, register
 from recsys.tables import format_table
 
+FIGURES = (
+    "device",
+    "model",
+    "steps",
+    "samples_per_second",
+    "tokens_per_second",
+    "step_ms_p50",
+    "step_ms_p90",
+    "mfu",
+    "peak_device_mib",
+    "peak_host_mib",
+    "auc",
+    "best_auc",
+    "ne",
+)
+VERSIONS = ("torch", "triton", "cuda", "torchrec", "fbgemm", "git_commit")
+COLUMNS = ("num_processes", "sharding", "attention", *FIGURES, *VERSIONS, "failure", "command")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -136,7 +154,7 @@ def _figures(summary: dict[str, Any]) -> dict[str, Any]:
         "auc": first_task.get("auc"),
         "best_auc": first_task.get("best_auc"),
         "ne": first_task.get("ne"),
-        **{name: environment[name] for name in ("torch", "triton", "cuda", "torchrec", "fbgemm", "git_commit")},
+        **{name: environment[name] for name in VERSIONS},
     }
 
 
@@ -147,23 +165,22 @@ def _reason(output: str) -> str:
     return (telling or lines or ["no output"])[0][:300]
 
 
-def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a CSV file; one with other columns is a `ValueError`, so that no figure lands under a wrong name."""
-    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file; one of other columns is a `ValueError`, so that no figure lands under a wrong name."""
     if path.exists():
         with path.open(newline="") as file:
             present = next(csv.reader(file), [])
-        unknown = [column for column in columns if column not in present]
-        if unknown:
-            raise ValueError(f"{path} has no columns {unknown}: write to another file")
-        columns = present
+        if present != list(COLUMNS):
+            raise ValueError(f"{path} has other columns, {present}: write to another file")
+    unknown = sorted(set(row) - set(COLUMNS))
+    assert not unknown, unknown
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, COLUMNS)
         if is_new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow(row)
 
 
 def run_benchmark(config: BenchmarkConfig, overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -178,8 +195,8 @@ def run_benchmark(config: BenchmarkConfig, overrides: Sequence[str]) -> list[dic
         row = run_case(case, overrides, config.timeout_minutes)
         rows.append(row)
         print(_line(row), flush=True)
-    if config.output is not None:
-        append_rows(Path(config.output), rows)
+        if config.output is not None:  # at once, so that a comparison that is stopped keeps what it has
+            append_row(Path(config.output), row)
     print("\n" + table(rows), flush=True)
     return rows
 

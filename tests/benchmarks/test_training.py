@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training import BenchmarkConfig, Case, append_rows, cases, run_benchmark, table
+from benchmarks.training import BenchmarkConfig, Case, append_row, cases, run_benchmark, table
 
 SMALL = [
     "experiment=throughput",
@@ -52,11 +52,18 @@ def test_a_run_gives_a_row_and_a_failing_one_its_reason(tmp_path: Path, capsys: 
 
 def test_rows_are_added_under_the_same_columns_only(tmp_path: Path) -> None:
     path = tmp_path / "deeper" / "rows.csv"
-    append_rows(path, [{"a": 1, "b": 2}])
-    append_rows(path, [{"b": 3}])
-    assert path.read_text().split() == ["a,b", "1,2", ",3"]
-    with pytest.raises(ValueError, match="has no columns \\['c'\\]"):
-        append_rows(path, [{"a": 1, "c": 2}])
+    append_row(path, {"attention": "sdpa", "auc": 0.5})
+    append_row(path, {"attention": "dense", "failure": "too slow"})
+    with path.open() as file:
+        assert [(row["attention"], row["auc"], row["failure"]) for row in csv.DictReader(file)] == [
+            ("sdpa", "0.5", ""),
+            ("dense", "", "too slow"),
+        ]
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text("a,b\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        append_row(foreign, {"attention": "sdpa"})
+    assert foreign.read_text() == "a,b\n"
 
 
 def test_table_shows_a_failure() -> None:
