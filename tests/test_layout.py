@@ -39,9 +39,7 @@ def modules_of(package: str) -> list[Path]:
 
 
 def test_imported_modules_sees_every_kind_of_import() -> None:
-    source = (
-        "import os.path, torch\nfrom recsys.a import x\nfrom . import y\ndef f():\n    import kernels.a as z\n"
-    )
+    source = "import os.path, torch\nfrom recsys.a import x\nfrom . import y\ndef f():\n    import kernels.a as z\n"
     assert imported_modules(source, "data") == {"os", "torch", "recsys", "data", "kernels"}
 
 

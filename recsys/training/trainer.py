@@ -1,6 +1,5 @@
 """The training loop: load, step, log, evaluate, save."""
 
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -30,8 +29,6 @@ from recsys.training.summary import Summary
 from recsys.training.sync_watch import SyncWatch
 from recsys.training.throughput import Counts, StepTimer, peak_device_mib, peak_host_mib, percentile
 from recsys.versions import environment
-
-log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -104,9 +101,10 @@ class Trainer:
                 self.train_step(batches)
                 profiler.step()
                 bar.update()
-                if self.due(trainer.log_every_steps):
+                is_last = self.progress.step == trainer.max_steps
+                if self.due(trainer.log_every_steps) or is_last:
                     self.log_window()
-                if self.due(trainer.eval_every_steps) and self.progress.step < trainer.max_steps:
+                if self.due(trainer.eval_every_steps) and not is_last:
                     self.evaluate()
                 if self.due(trainer.checkpoint_every_steps):
                     self.save()
@@ -118,7 +116,7 @@ class Trainer:
         return self.summary(quality)
 
     def due(self, every: int | None) -> bool:
-        """Whether the step just done is one of every `every` steps, or the last one for logging."""
+        """Whether the step just done is one of every `every` steps."""
         return every is not None and self.progress.step % every == 0
 
     def batches(self, split: str) -> Iterator[Batch]:
