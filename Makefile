@@ -59,7 +59,7 @@ bench: setup ## measure; ARGS="..." picks what
 
 clean: ## remove caches and build outputs; runs, datasets and .venv stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.* htmlcov build *.egg-info
-	find recsys kernels data tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find recsys kernels data tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## like clean, and .venv
 	rm -rf .venv

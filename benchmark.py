@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from benchmarks.training import BenchmarkRun, register_benchmark, run_benchmark
-from recsys.config import explain_config_errors, load
+from recsys.config import ConfigMistake, explain_config_errors, load
 
 FORWARDED_GROUPS = ("model", "data", "optimizer", "trainer", "experiment", "debug")
 """`attention` and `sharding` are each run's own."""
@@ -22,6 +22,11 @@ def main(config: DictConfig) -> None:
     loaded = load(config)
     assert isinstance(loaded, BenchmarkRun)
     chosen = HydraConfig.get()
+    misplaced = [o for o in chosen.overrides.task if o.split("=")[0] in ("attention", "sharding")]
+    if misplaced:
+        raise ConfigMistake(
+            f"{misplaced}: each run has its own; say benchmark.attention=[...] and benchmark.sharding=[...]"
+        )
     groups = [group for group in FORWARDED_GROUPS if chosen.runtime.choices[group] is not None]
     choices = [f"{group}={chosen.runtime.choices[group]}" for group in groups]
     values = [o for o in chosen.overrides.task if o.split("=")[0] not in FORWARDED_GROUPS]

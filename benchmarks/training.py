@@ -139,7 +139,7 @@ def run_case(case: Case, overrides: Sequence[str], timeout_minutes: float) -> di
 
 def _figures(summary: dict[str, Any]) -> dict[str, Any]:
     environment = summary["environment"]
-    first_task = next(iter(summary["eval"].values()), {})
+    first_task: dict[str, Any] = next(iter(summary["eval"].values()), {})
     return {
         "device": summary["device"],
         "model": summary["model"],

@@ -36,7 +36,7 @@ class DataConfig:
     num_workers: int = 0
     """Processes that make batches, per rank; 0 makes them in the training process."""
     prefetch_batches: int = 2
-    """Batches each worker keeps ready."""
+    """Batches each worker keeps ready; without workers a batch is made when it is asked for."""
     pin_memory: bool = True
     """Copy batches to page-locked memory, so that the copy to the GPU overlaps compute; ignored without CUDA."""
     out_of_range_ids: OutOfRangeIds = OutOfRangeIds.error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,14 +83,18 @@ class _Steps(Sampler[int]):
 
 
 class CycledBatches:
-    """The first batches of a rank, made once and served again and again: no input side to wait for."""
+    """The first batches of a rank, made once and served again and again: no input side to wait for.
 
-    def __init__(self, batches: _Batches, count: int, *, pin: bool) -> None:
+    A resumed run goes on in the middle of the cycle, with the batches that the run before had.
+    """
+
+    def __init__(self, batches: _Batches, count: int, first_step: int, *, pin: bool) -> None:
         made = (batches[step] for step in range(count))
         self.batches = [batch.pin_memory() if pin else batch for batch in made]
+        self.first_step = first_step
 
     def __iter__(self) -> Iterator[Batch]:
-        return itertools.cycle(self.batches)
+        return itertools.islice(itertools.cycle(self.batches), self.first_step % len(self.batches), None)
 
 
 def build_loader(
@@ -136,7 +140,8 @@ def build_loader(
     batches = _Batches(source, config, shard, max_history)
     pin = config.pin_memory and device_type == "cuda"
     if config.cycle_batches and split == "train":
-        return CycledBatches(batches, config.cycle_batches, pin=pin)
+        from_start = _Batches(source, config, replace(shard, position=0), max_history)
+        return CycledBatches(from_start, config.cycle_batches, position // shard.users_per_step, pin=pin)
     return DataLoader(
         batches,
         batch_size=None,

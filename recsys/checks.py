@@ -3,7 +3,7 @@
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raise `ValueError` unless `value >= least`."""
-    if value < least:
+    if not value >= least:  # NaN is no value either
         raise ValueError(f"{name} is {value}: allowed are values >= {least}")
 
 

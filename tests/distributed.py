@@ -108,7 +108,7 @@ def outcomes_of(
             readers.append(reader)
             processes.append(process)
         try:
-            return _collect(readers, processes, timeout)
+            return _after_tear_down(_collect(readers, processes, timeout), processes)
         finally:
             for process in processes:
                 if process.is_alive():
@@ -151,6 +151,18 @@ def _collect(readers: list[Connection], processes: list[Any], timeout: float) ->
     for rank in pending.values():
         outcomes[rank] = Outcome(rank, error_type="Hung", error_message=why)
     return [outcomes[rank] for rank in range(len(readers))]
+
+
+def _after_tear_down(outcomes: list[Outcome], processes: list[Any]) -> list[Outcome]:
+    """A rank that reported well must leave well too: an abort while the group is torn down is a failure."""
+    if not all(outcome.ok for outcome in outcomes):
+        return outcomes
+    for outcome, process in zip(outcomes, processes, strict=True):
+        process.join(30)
+        if process.exitcode != 0:
+            outcome.error_type = "DiedLeaving"
+            outcome.error_message = f"exit code {process.exitcode} after a good result"
+    return outcomes
 
 
 def _work(writer: Connection, spec: _WorkerSpec, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:

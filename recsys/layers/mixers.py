@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec
-from recsys.layers.sequence import JoinedSequence
+from recsys.layers.sequence import JoinedSequence, user_of_token
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ class MeanPoolMixer(Mixer):
         offsets, num_candidates = sequence.offsets, sequence.num_candidates_per_user
         history_end = offsets[1:] - num_candidates
         index = torch.arange(sequence.total, device=v_SHD.device)
-        user = torch.repeat_interleave(
-            torch.arange(offsets.numel() - 1, device=v_SHD.device), offsets.diff(), output_size=sequence.total
-        )
+        user = user_of_token(offsets, sequence.total)
         is_candidate = index >= history_end[user]
         seen_to = torch.where(is_candidate | (not context.mask.causal), history_end[user], index + 1)
         total = prefix[seen_to] - prefix[offsets[:-1][user]] + is_candidate[:, None, None] * v_SHD

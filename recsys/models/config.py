@@ -92,6 +92,8 @@ class ModelConfig:
         at_least("model.num_time_buckets", self.num_time_buckets, 2)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout is {self.dropout}: allowed are 0 <= dropout < 1")
+        for width in self.head_widths:
+            at_least("model.head_widths", width, 1)
         for table, dim in [("embedding_dim", self.embedding_dim), *self.embedding_dims.items()]:
             if dim < 4 or dim % 4:
                 raise ValueError(f"model: {table} has embedding dimension {dim}: allowed are multiples of 4")

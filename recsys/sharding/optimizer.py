@@ -41,6 +41,8 @@ class ReplicatedTableOptimizer(KeyedOptimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Apply the gradients; tables without one are left alone."""
+        if all(weight.grad is None for weight in self.params.values()):
+            return  # the backward was left out, and so were the fused optimizers, which count steps there
         self.num_steps += 1
         for group in self.param_groups:
             for weight in group["params"]:

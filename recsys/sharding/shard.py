@@ -47,11 +47,13 @@ class ShardedModel:
             if not name.endswith(suffixes):
                 yield name, parameter
 
-    def set_optimizer_step(self, step: int) -> None:
-        """Let the sparse optimizers go on as after `step` steps, a number that TorchRec doesn't save."""
-        self.model.fused_optimizer.set_optimizer_step(step)
-        if self.replicated_optimizer is not None:
-            self.replicated_optimizer.set_optimizer_step(step)
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of all tables, sharded and replicated."""
+        optimizers = [self.model.fused_optimizer, self.replicated_optimizer]
+        for optimizer in [o for o in optimizers if o is not None]:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        self.model.fused_optimizer.step()  # updates no weight: it hands the rate to FBGEMM's kernels
 
     def format_plan(self) -> str:
         """The plan as a table to print."""

@@ -1,6 +1,7 @@
 """How a run goes: steps, logging, evaluation, checkpoints."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from recsys.checks import at_least
 from recsys.training.distributed import DeviceKind
@@ -24,6 +25,9 @@ class TrainerConfig:
     non_finite: NonFinite = NonFinite.stop
     """`stop` ends the run at the next logging step and says where; `skip` leaves such steps out, at one host
     synchronisation a step."""
+
+    max_skipped_in_a_row: int = 10
+    """With `non_finite=skip`: more steps left out in a row end the run."""
 
     log_every_steps: int = 50
     """Steps between log lines; metrics are computed then, and only then does the host wait for the GPU."""
@@ -76,13 +80,20 @@ class TrainerConfig:
             if value is not None and value < 1:
                 raise ValueError(f"trainer.{name} is {value}: allowed are null and values >= 1")
         at_least("trainer.warmup_steps", self.warmup_steps, 0)
+        at_least("trainer.max_skipped_in_a_row", self.max_skipped_in_a_row, 0)
+        if self.resume not in ("never", "auto") and not Path(self.resume).is_dir():
+            raise ValueError(
+                f"trainer.resume is {self.resume!r}, and there is no such directory: "
+                "allowed are never, auto and the path of a checkpoint"
+            )
         if self.timeout_minutes <= 0:
             raise ValueError(f"trainer.timeout_minutes is {self.timeout_minutes}: allowed are values > 0")
-        if self.profile_steps and not (
-            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
-        ):
+        ordered = [1, *self.profile_steps, self.max_steps]
+        two = len(self.profile_steps) == 2 and self.profile_steps[0] > 1
+        if self.profile_steps and not (two and ordered == sorted(ordered)):
             raise ValueError(
-                f"trainer.profile_steps is {self.profile_steps}: allowed are [] and [first, last], 1 <= first <= last"
+                f"trainer.profile_steps is {self.profile_steps}: allowed are [] and [first, last] with "
+                "2 <= first <= last <= trainer.max_steps"
             )
 
 
@@ -95,6 +106,3 @@ class PathsConfig:
 
     run_dir: str | None = None
     """The directory of this run, instead."""
-
-    data_root: str = "datasets"
-    """Data sets on disk."""

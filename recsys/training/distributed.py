@@ -61,11 +61,6 @@ class Ranks:
         dist.all_reduce(value)
         return value / self.world_size
 
-    def first_failure(self, error: Exception | None) -> Exception | None:
-        """The error of the lowest rank that has one, so that all ranks raise it together instead of some waiting."""
-        errors = self.gather(error)
-        return next((e for e in errors if e is not None), None)
-
 
 def choose_device(kind: DeviceKind) -> torch.device:
     """The device of this process; a `ValueError` when it has none of the kind asked for."""
@@ -101,6 +96,7 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[Rank
         host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
         assert host_group is not None
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, host_group)
+        dist.barrier(group=host_group)  # nobody leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 

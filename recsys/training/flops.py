@@ -8,7 +8,17 @@ from recsys.models.config import MixerKind, ModelConfig
 from recsys.models.ranking import Interaction
 
 # Dense bf16 peak by device name, TFLOP/s, from the vendor's data sheets.
-_BF16_PEAK_TFLOPS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+# The first name that the device's holds counts.
+_BF16_PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H200 NVL": 835.0,
+    "H200": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "B200": 2250.0,
+}
 
 
 def bf16_peak_flops(device_name: str) -> float | None:

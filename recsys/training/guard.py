@@ -1,5 +1,6 @@
 """Finds the first step whose loss was not finite, without waiting for the device in a step."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +45,7 @@ class FiniteGuard:
         step, rank, logits = min(bad)
         tasks = [f"{count} logits of task '{task}'" for task, count in zip(self.tasks, logits, strict=True) if count]
         where = " and ".join(tasks) if tasks else "no logit, so labels or the sum over candidates"
-        names = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+        names = not_finite(model.named_parameters())
         raise NonFiniteLossError(
             f"the loss was first not finite at step {step} on rank {rank}: {where} were NaN or infinite. "
             f"Parameters of this rank that are not finite by now: {', '.join(names[:8]) or 'none'}"
@@ -52,3 +53,22 @@ class FiniteGuard:
             "optimizer.sparse.lr, look for the operation with trainer.detect_anomaly=true, or leave such steps out "
             "with trainer.non_finite=skip."
         )
+
+    def check_parameters(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Raise on every rank if any rank holds a parameter that is not finite; synchronises.
+
+        Raises:
+            NonFiniteLossError: names rank and parameters.
+        """
+        for rank, names in enumerate(self.ranks.gather(not_finite(named_parameters))):
+            if names:
+                raise NonFiniteLossError(
+                    f"parameters of rank {rank} are not finite: {', '.join(names[:8])}"
+                    f"{' ...' if len(names) > 8 else ''}. No checkpoint was written. "
+                    "Lower optimizer.dense.lr or optimizer.sparse.lr."
+                )
+
+
+def not_finite(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity."""
+    return [name for name, p in named_parameters if not bool(torch.isfinite(p.detach()).all())]

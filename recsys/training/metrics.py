@@ -140,6 +140,8 @@ class QualityMeter:
 
 def measure(probs: Tensor, labels: Tensor) -> tuple[float, float, float]:
     """NE, AUC and calibration of `(N,)` probabilities and labels, on this process alone; NaN where not defined."""
+    if not torch.isfinite(probs).all():
+        return math.nan, math.nan, math.nan
     ne, calibration = NormalizedEntropy(), Calibration()
     ne.update(probs, labels)
     calibration.update(probs, labels)

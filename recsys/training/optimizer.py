@@ -51,12 +51,13 @@ class DenseOptimizerConfig:
 
     def __post_init__(self) -> None:
         at_least("optimizer.dense.lr", self.lr, 0.0)
+        for beta in self.betas:
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"optimizer.dense.betas holds {beta}: allowed are 0 <= beta < 1")
         at_least("optimizer.dense.eps", self.eps, 0.0)
         at_least("optimizer.dense.weight_decay", self.weight_decay, 0.0)
         at_least("optimizer.dense.warmup_steps", self.warmup_steps, 0)
         between("optimizer.dense.final_lr_ratio", self.final_lr_ratio, 0.0, 1.0)
-        for beta in self.betas:
-            between("optimizer.dense.betas", beta, 0.0, 1.0)
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer.dense.clip_norm is {self.clip_norm}: allowed are null and values > 0")
 
@@ -89,22 +90,41 @@ class DenseOptimizer(torch.optim.AdamW):
     Args:
         named_parameters: the dense parameters.
         config: see `DenseOptimizerConfig`.
+        max_steps: steps of the run, for the decay.
+        skip_non_finite: leave a step with a gradient that is not finite out, at one host synchronisation a step. DDP
+            gives every rank the same gradient, so all ranks leave it out together.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: DenseOptimizerConfig) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: DenseOptimizerConfig,
+        *,
+        max_steps: int = 1,
+        skip_non_finite: bool = False,
+    ) -> None:
         parameters = [p for _, p in named_parameters]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-        self.clip_norm = config.clip_norm
+        self.config, self.max_steps, self.skip_non_finite = config, max_steps, skip_non_finite
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set the rate of `step` (from 0). It follows from the config alone, so a resumed run obeys its own config."""
+        lr = self.config.lr * learning_rate_factor(step, self.config, self.max_steps)
+        for group in self.param_groups:
+            group["lr"] = lr
+        return lr
 
     def step(self, closure: Any = None) -> Any:
         """Clip over all dense parameters, then AdamW."""
-        if self.clip_norm is not None:
+        if self.config.clip_norm is not None or self.skip_non_finite:
             parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
+            if self.skip_non_finite and not torch.isfinite(norm):
+                return None
         return super().step(closure)
 
 

@@ -32,7 +32,6 @@ class _Skipping:
     synchronisation a step; `NonFinite.stop` needs none. The dense optimizer finds no gradients and does nothing.
     """
 
-    num_skipped = 0
     last_skipped = False
 
     def _backward(self, losses: Tensor) -> None:
@@ -40,14 +39,11 @@ class _Skipping:
         if dist.get_world_size() > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         self.last_skipped = finite.item() == 0.0
-        if self.last_skipped:
-            self.num_skipped += 1
-        else:
+        if not self.last_skipped:
             super()._backward(losses)  # type: ignore[misc]
 
 
 class _NotSkipping:
-    num_skipped = 0
     last_skipped = False
 
 
@@ -80,7 +76,7 @@ def build_pipeline(
 
     `sparse_dist` copies batch i+2 to the device and exchanges the ids of batch i+1 while batch i trains;
     `base` only copies ahead. `progress(iterator)` runs one step, `detach()` gives the plain model for an evaluation in
-    between, `num_skipped` and `last_skipped` tell which steps were left out.
+    between, `last_skipped` tells whether the last step was left out.
     """
     if kind is PipelineKind.sparse_dist:
         pipeline = _SparseDistSkipping if non_finite is NonFinite.skip else _SparseDist

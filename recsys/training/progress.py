@@ -22,6 +22,8 @@ class Progress:
     """Of this rank, like the following ones; in a checkpoint, of all ranks."""
     truncated_events: int = 0
     repaired_ids: int = 0
+    skipped_steps: int = 0
+    """Left out because a loss was not finite; alike on every rank."""
 
     @classmethod
     def sum(cls, ranks: list["Progress"]) -> "Progress":
@@ -32,6 +34,7 @@ class Progress:
             sum(p.truncated_users for p in ranks),
             sum(p.truncated_events for p in ranks),
             sum(p.repaired_ids for p in ranks),
+            ranks[0].skipped_steps,
         )
 
 

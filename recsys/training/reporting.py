@@ -42,14 +42,14 @@ class Reporter:
 
     def __init__(self, config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> None:
         self.config, self.run_dir, self.ranks = config, run_dir, ranks
-        self.writer = None
-        if ranks.is_main and config.trainer.tensorboard:
-            from torch.utils.tensorboard import (
-                SummaryWriter,  # the tensorboard package is needed only when it is on
-            )
-
-            self.writer = SummaryWriter(str(run_dir.tensorboard))
+        self.writer: Any = None
+        self._open_tensorboard(purge_step=None)
         self.progress_bar: tqdm | None = None
+
+    def forget_after(self, step: int) -> None:
+        """A resumed run takes the steps after `step` again: drop what was written of them."""
+        self.run_dir.forget_metrics_after(step)
+        self._open_tensorboard(purge_step=step + 1)
 
     def plan(self, text: str) -> None:
         """Print and keep the sharding plan in force."""
@@ -95,10 +95,12 @@ class Reporter:
         if not self.config.trainer.profile_steps:
             return nullcontext(_NoProfiler())
         first, last = self.config.trainer.profile_steps
+        if first < first_step + 2:
+            raise ValueError(f"trainer.profile_steps begins at {first}, but the run goes on from step {first_step}")
         activities = [ProfilerActivity.CPU]
         if self.ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        wait = max(first - first_step - 2, 0)
+        wait = first - first_step - 2
         return profile(
             activities=activities,
             schedule=schedule(wait=wait, warmup=1, active=last - first + 1, repeat=1),
@@ -109,6 +111,14 @@ class Reporter:
         """Flush what is buffered."""
         if self.writer is not None:
             self.writer.close()
+
+    def _open_tensorboard(self, purge_step: int | None) -> None:
+        if not self.ranks.is_main or not self.config.trainer.tensorboard:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # the tensorboard package is needed only when it is on
+
+        self.close()
+        self.writer = SummaryWriter(str(self.run_dir.tensorboard), purge_step=purge_step)
 
     def _write_trace(self, trace: Any) -> None:
         stem = self.run_dir.path / f"trace_rank{self.ranks.rank}"

@@ -15,11 +15,12 @@ from recsys.training.summary import Summary
 from recsys.training.trainer import Trainer
 
 
-def run(config: TrainConfig) -> Summary:
-    """Train as `config` says, on the ranks that `torchrun` started or on one.
+def run(config: TrainConfig) -> Summary | None:
+    """Train as `config` says, on the ranks that `torchrun` started or on one; `None` if a resumed run was done already.
 
     Raises:
-        ConfigMistake: on every rank and before any collective, for a choice that can't be had on this device.
+        ConfigMistake: on every rank, for a choice that can't be had here; what needs no other rank to find out is
+            found before any collective.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # torchrun sets it; TorchRec asks for it
@@ -39,14 +40,19 @@ def run(config: TrainConfig) -> Summary:
                 name=config.name,
                 resume=config.trainer.resume == "auto",
             )
-        except ValueError as error:
+            trainer = Trainer(config, parts, ranks, run_dir)
+        except ValueError as error:  # alike on every rank: a plan that fits nowhere, a checkpoint of another model
             raise ConfigMistake(str(error)) from error
+        if trainer.is_done:
+            trainer.reporter.say(
+                f"{run_dir.path} is at step {trainer.progress.step:,} already: nothing to do up to "
+                f"trainer.max_steps={config.trainer.max_steps:,}"
+            )
+            return None
         run_dir.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        trainer = Trainer(config, parts, ranks, run_dir)
         summary = trainer.fit()
         run_dir.write_text("summary.json", summary.to_json())
-        if ranks.is_main:
-            print(f"\n{summary.table()}\n\nrun directory: {run_dir.path}", flush=True)
+        trainer.reporter.say(f"\n{summary.table()}\n\nrun directory: {run_dir.path}")
         return summary
 
 

@@ -6,6 +6,7 @@ metrics.jsonl     one JSON object per line     summary.json     the figures of t
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class RunDir:
             ranks: who agrees.
             run_dir: the directory, or `None` for `<runs_root>/<name>/<time>`.
             runs_root, name: where runs of this name live.
-            resume: go on in the newest run of this name that has a checkpoint, if `run_dir` is `None`.
+            resume: if `run_dir` is `None`, go on in the newest unfinished run of this name that has a checkpoint,
+                or else in the newest finished one.
 
         Raises:
             ValueError: on every rank, when `run_dir` already holds a run and `resume` is off.
@@ -61,7 +63,17 @@ class RunDir:
         """Add a line to `metrics.jsonl`."""
         if self.is_main:
             with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record, allow_nan=True) + "\n")
+                file.write(json.dumps(finite(record)) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will take again."""
+        path = self.path / "metrics.jsonl"
+        if not self.is_main or not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
 
 
 def _choose(run_dir: str | None, home: Path, resume: bool) -> Path:
@@ -74,8 +86,8 @@ def _choose(run_dir: str | None, home: Path, resume: bool) -> Path:
         return path
     if resume:
         runs = [path.parent for path in home.glob("*/checkpoints") if Checkpointer(path).latest() is not None]
-        if runs:
-            return max(runs, key=lambda path: path.stat().st_mtime)
+        if runs:  # rather one that isn't finished, then the newest
+            return max(runs, key=lambda path: (not (path / "summary.json").exists(), path.stat().st_mtime))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1000):
         path = home / (stamp if attempt == 0 else f"{stamp}-{attempt}")
@@ -85,3 +97,12 @@ def _choose(run_dir: str | None, home: Path, resume: bool) -> Path:
         except FileExistsError:  # two runs started in the same second
             continue
     raise OSError(f"no free run directory under {home}")
+
+
+def finite(value: Any) -> Any:
+    """A record for JSON, which has no NaN and no infinity: they become `None`."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,10 +3,10 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from recsys.tables import format_table
 from recsys.training.metrics import TaskQuality
+from recsys.training.run_dir import finite
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Summary:
         record = asdict(self)
         for task, quality in self.eval.items():
             record["eval"][task]["auc_closed"] = quality.auc_closed
-        return json.dumps(_finite(record), indent=2) + "\n"
+        return json.dumps(finite(record), indent=2) + "\n"
 
     def table(self) -> str:
         """Two tables: rates and sizes, then quality per task."""
@@ -105,11 +105,3 @@ def _known(value: float, pattern: str) -> str:
 def _memory(device_mib: list[float], host_mib: list[float]) -> str:
     host = f"host {max(host_mib):,.0f} MiB"
     return f"device {max(device_mib):,.0f} MiB, {host} per rank" if max(device_mib) > 0 else f"{host} per rank"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+_EXCHANGE_OF_SIZES = ("torchrec/distributed/dist_data.py", "torchrec/distributed/train_pipeline/")
+"""Where TorchRec exchanges the sizes of the next batch's ids."""
+
 
 class SyncDebug(Enum):
     """What a host synchronisation inside a training step does."""
@@ -26,7 +29,7 @@ class SyncWatch:
     """Counts synchronisations by the line of Python that caused them.
 
     TorchRec copies the sizes of its exchange of ids between host and device, a batch ahead and on a stream of its own,
-    which doesn't wait for the training step: its lines are counted, but they are no error.
+    which doesn't wait for the training step: those lines are counted, but they are no error.
 
     Args:
         mode: `report` collects, `error` raises at the end of a step that synchronised outside TorchRec.
@@ -56,7 +59,7 @@ class SyncWatch:
             torch.cuda.set_sync_debug_mode("default")
         found = [_site(w) for w in caught if "synchronizing CUDA operation" in str(w.message)]
         self.sites.update(found)
-        own = [site for site in found if not site.startswith("torchrec/")]
+        own = [site for site in found if not site.startswith(_EXCHANGE_OF_SIZES)]
         if own and self.mode is SyncDebug.error:
             raise SynchronisationError(f"a training step waited for the GPU at {', '.join(dict.fromkeys(own))}")
 

@@ -1,5 +1,6 @@
 """The training loop: load, step, log, evaluate, save."""
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from recsys.training.build import Parts, mean_lengths
 from recsys.training.checkpoint import Checkpointer, TrainState
 from recsys.training.distributed import Ranks, diverge_seed
 from recsys.training.flops import FlopCounter, bf16_peak_flops
-from recsys.training.guard import FiniteGuard
+from recsys.training.guard import FiniteGuard, NonFiniteLossError
 from recsys.training.metrics import QualityMeter, TaskQuality
-from recsys.training.optimizer import DenseOptimizer, Optimizers, learning_rate_factor
-from recsys.training.pipeline import build_pipeline
+from recsys.training.optimizer import DenseOptimizer, Optimizers
+from recsys.training.pipeline import NonFinite, build_pipeline
 from recsys.training.progress import Progress, Window
 from recsys.training.reporting import Reporter
 from recsys.training.run_dir import RunDir
@@ -57,11 +58,13 @@ class Trainer:
             seed=config.seed,
         )
         self.model = self.sharded.model
-        dense = DenseOptimizer(self.sharded.dense_parameters(), config.optimizer.dense)
-        self.optimizers = Optimizers(dense, self.sharded.replicated_optimizer)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            dense, lambda step: learning_rate_factor(step, config.optimizer.dense, config.trainer.max_steps)
+        dense = DenseOptimizer(
+            self.sharded.dense_parameters(),
+            config.optimizer.dense,
+            max_steps=config.trainer.max_steps,
+            skip_non_finite=config.trainer.non_finite is NonFinite.skip,
         )
+        self.optimizers = Optimizers(dense, self.sharded.replicated_optimizer)
         self.pipeline = build_pipeline(
             config.trainer.pipeline, config.trainer.non_finite, self.model, self.optimizers, self.device
         )
@@ -72,6 +75,8 @@ class Trainer:
         self.progress = Progress()
         self.first_step = 0
         """Where this process began."""
+        self.learning_rate = 0.0
+        self.skipped_in_a_row = 0
         self.counts = Counts()
         """Of this rank and this process."""
         self.warm_counts = Counts()
@@ -82,20 +87,27 @@ class Trainer:
         self.window = Window(QualityMeter(self.tasks, self.device, ranks))
         self.reporter = Reporter(config, run_dir, ranks)
         diverge_seed(config.seed, ranks.rank)
+        self.reporter.plan(self.sharded.format_plan())
+        self.restore()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.progress.step >= self.config.trainer.max_steps
 
     def fit(self) -> Summary:
         """Train to `trainer.max_steps`; returns what was measured."""
         trainer = self.config.trainer
-        self.reporter.plan(self.sharded.format_plan())
-        self.restore()
         self.first_step = self.progress.step
-        batches = self.batches("train")
+        # No more batches than steps: at the end no exchange of ids is under way that nobody waits for.
+        batches = itertools.islice(self.batches("train"), trainer.max_steps - self.progress.step)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.timer.interrupt()
         with (
             self.reporter.bar(self.progress.step) as bar,
             self.reporter.profiler(self.progress.step) as profiler,
+            torch.autograd.set_detect_anomaly(trainer.detect_anomaly),
         ):
             while self.progress.step < trainer.max_steps:
                 self.train_step(batches)
@@ -136,15 +148,29 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One step: forward, backward with the sparse updates, dense update. Nothing here waits for the device."""
         with self.sync_watch.step():
+            self.learning_rate = self.optimizers.dense.set_learning_rate(self.progress.step)
             predictions: Predictions = self.pipeline.progress(batches)
-            self.schedule.step()
             self.progress.step += 1
             self.progress.users_consumed += self.config.data.batch_size * self.ranks.world_size
-            if not self.pipeline.last_skipped:
+            if self.pipeline.last_skipped:
+                self.skipped()
+            else:
+                self.skipped_in_a_row = 0
                 self.guard.watch(self.progress.step, predictions.loss, predictions.logits)
                 self.window.add(predictions)
             self.count(predictions.batch)
             self.timer.step_done()
+
+    def skipped(self) -> None:
+        """Note a step that was left out; too many in a row mean that the model itself is lost."""
+        self.progress.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        limit = self.config.trainer.max_skipped_in_a_row
+        if self.skipped_in_a_row > limit:
+            raise NonFiniteLossError(
+                f"the loss was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.progress.step}; "
+                f"trainer.max_skipped_in_a_row allows {limit}. Lower optimizer.dense.lr or optimizer.sparse.lr."
+            )
 
     def count(self, batch: Batch) -> None:
         """Add a batch's host-side integers to the run's counts."""
@@ -166,7 +192,7 @@ class Trainer:
             "samples_per_second": rate.samples,
             "tokens_per_second": rate.tokens,
             "candidates_per_second": rate.candidates,
-            "lr": float(self.schedule.get_last_lr()[0]),
+            "lr": self.learning_rate,
         }
         self.reporter.window(self.progress.step, loss, rates, quality)
         self.window.restart(self.counts)
@@ -193,6 +219,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, unless the loss has gone astray since the last one."""
         self.guard.check(self.model)
+        self.guard.check_parameters(self.sharded.dense_parameters())
         self.checkpointer.save(self.progress.step, self.state())
         self.timer.interrupt()
 
@@ -205,10 +232,12 @@ class Trainer:
         if info is None:
             self.reporter.say(f"no checkpoint under {self.run_dir.checkpoints}: starting from the beginning")
             return
-        for message in info.messages:
-            self.reporter.say(message)
         progress = Progress(**info.extras["progress"])
-        self.progress = progress if self.ranks.is_main else Progress(progress.step, progress.users_consumed)
+        if not self.ranks.is_main:  # rank 0 goes on counting for all
+            progress = Progress(progress.step, progress.users_consumed, skipped_steps=progress.skipped_steps)
+        self.progress = progress
+        self.sharded.set_learning_rate(self.config.optimizer.sparse.lr)  # this run's, not the checkpoint's
+        self.reporter.forget_after(progress.step)
         if info.rank_extras is not None:
             self.window.load_state_dict(info.rank_extras["window"], self.device)
         self.reporter.say(f"going on from {info.path} at step {info.step:,}")
@@ -218,7 +247,6 @@ class Trainer:
         return TrainState(
             model=self.model,
             optimizers=self.optimizers.all(),
-            stateful={"schedule": self.schedule},
             users_consumed=self.progress.users_consumed,
             extras={"progress": asdict(self.progress_over_ranks())},
             rank_extras={"window": self.window.state_dict()},
@@ -269,7 +297,7 @@ class Trainer:
             truncated_users=progress.truncated_users,
             truncated_events=progress.truncated_events,
             repaired_ids=progress.repaired_ids,
-            skipped_steps=self.pipeline.num_skipped,
+            skipped_steps=progress.skipped_steps,
             eval=quality,
             environment=environ,
             command=" ".join(sys.argv),

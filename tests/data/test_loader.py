@@ -133,6 +133,11 @@ def test_cycling_serves_the_same_batches_again():
     assert seven[0] is seven[3] is seven[6]
     for one, other in zip(seven[:3], load(steps=3, rank=1, world_size=2), strict=True):
         assert_equal(one, other)
+    resumed = build_loader(
+        small_source(), config, split="train", rank=1, world_size=2, position=2 * 2 * config.batch_size
+    )
+    for one, other in zip(itertools.islice(resumed, 5), seven[2:], strict=True):
+        assert_equal(one, other)  # goes on in the middle of the cycle, with the same batches
     assert len(load(config, split="eval")) == 13  # eval does not cycle
 
 

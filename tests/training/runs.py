@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from data.batch import Batch
+from data.sources import build_source
 from data.synthetic import SyntheticSource
 from recsys.attention import AttentionConfig, BackendName
 from recsys.config import TrainConfig
+from recsys.models.ranking import RankingTask
 from recsys.sharding import ShardingConfig, ShardingKind, TableSharding
 from recsys.training.config import PathsConfig, TrainerConfig
 from recsys.training.distributed import DeviceKind
@@ -19,7 +21,7 @@ from recsys.training.optimizer import DenseOptimizerConfig, OptimizerConfig
 from recsys.training.run import run
 from recsys.training.summary import Summary
 from recsys.training.trainer import Trainer
-from tests.samples import small_data, small_model_config
+from tests.samples import small_data, small_model, small_model_config
 
 
 def small_run(run_dir: Path, device: str = "cpu", **trainer: Any) -> TrainConfig:
@@ -34,6 +36,12 @@ def small_run(run_dir: Path, device: str = "cpu", **trainer: Any) -> TrainConfig
         trainer=TrainerConfig(**{**settings, "device": DeviceKind(device), **trainer}),
         paths=PathsConfig(run_dir=str(run_dir)),
     )
+
+
+def small_task(config: TrainConfig) -> RankingTask:
+    """The unsharded model of a run, to look at what a checkpoint holds."""
+    source = build_source(config.data)
+    return small_model(config.model, schema=source.schema)
 
 
 def plan(sequence: str, pooled: str = "table_wise") -> ShardingConfig:
@@ -70,9 +78,11 @@ def train_on_spoilt_data(rank: int, world_size: int, config: TrainConfig, spoil:
     def spoilt(self: SyntheticSource, split: str, users: Any) -> Batch:
         batch = make_batch(self, split, users)
         calls[0] += split == "train" and len(users) == config.data.batch_size
-        if rank == world_size - 1 and calls[0] == call:
+        if rank == world_size - 1 and (calls[0] == call or (call == 0 and split == "train")):
             if spoil == "nan":
                 batch.labels[0, 1] = float("nan")
+            elif spoil == "inf":
+                batch.dense[0, 0] = float("inf")
             else:
                 batch.sequences.values()[0] = 10**9
         return batch

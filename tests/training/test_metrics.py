@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from recsys.training.distributed import Ranks
-from recsys.training.metrics import Calibration, NormalizedEntropy, QualityMeter, TaskQuality
+from recsys.training.metrics import Calibration, NormalizedEntropy, QualityMeter, TaskQuality, measure
 from tests.distributed import run_distributed
 
 TASKS = ("click", "like")
@@ -95,6 +95,7 @@ def test_predicting_the_base_rate_gives_an_ne_of_one_and_a_calibration_of_one() 
 def test_labels_of_one_class_give_nan_not_a_crash() -> None:
     ne, calibration = NormalizedEntropy(), Calibration()
     ne.update(torch.tensor([0.2, 0.3]), torch.zeros(2))
+    assert all(math.isnan(value) for value in measure(torch.tensor([0.2, math.nan]), torch.tensor([0.0, 1.0])))
     calibration.update(torch.tensor([0.2, 0.3]), torch.zeros(2))
     assert math.isnan(float(ne.compute()))
     assert math.isnan(float(calibration.compute()))

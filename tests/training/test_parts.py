@@ -55,14 +55,30 @@ def test_learning_rate_warms_up_then_decays() -> None:
 
 def test_dense_optimizer_clips_and_decays_matrices_only() -> None:
     model = nn.Linear(3, 2)
-    config = DenseOptimizerConfig(lr=0.1, weight_decay=0.5, clip_norm=1.0)
-    optimizer = DenseOptimizer(model.named_parameters(), config)
+    config = DenseOptimizerConfig(lr=0.1, weight_decay=0.5, clip_norm=1.0, warmup_steps=4)
+    optimizer = DenseOptimizer(model.named_parameters(), config, max_steps=8)
+    assert optimizer.set_learning_rate(1) == pytest.approx(0.05)
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.05)] * 2
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
     optimizer.step()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert float(torch.cat([g.flatten() for g in grads]).norm()) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, None])
+def test_dense_optimizer_leaves_out_a_gradient_that_is_not_finite(clip_norm: float | None) -> None:
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    config = DenseOptimizerConfig(clip_norm=clip_norm)
+    optimizer = DenseOptimizer(model.named_parameters(), config, skip_non_finite=True)
+    for value, moves in ((math.nan, False), (0.1, True)):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step()
+        assert torch.equal(model.weight, before) is not moves
+        assert torch.isfinite(model.weight).all()
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -151,6 +167,16 @@ def test_guard_names_the_first_bad_step_task_and_parameter() -> None:
         guard.check(model)
 
 
+def test_guard_refuses_parameters_that_are_not_finite() -> None:
+    model = nn.Linear(2, 2)
+    guard = FiniteGuard(ONE, ("click",))
+    guard.check_parameters(model.named_parameters())
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="parameters of rank 0 are not finite: weight. No checkpoint"):
+        guard.check_parameters(model.named_parameters())
+
+
 def test_run_dir_is_new_for_every_run_and_found_again_to_resume(tmp_path: Path) -> None:
     def open_run(resume: bool, run_dir: str | None = None) -> RunDir:
         return RunDir.open(ONE, run_dir=run_dir, runs_root=str(tmp_path), name="x", resume=resume)
@@ -162,8 +188,19 @@ def test_run_dir_is_new_for_every_run_and_found_again_to_resume(tmp_path: Path) 
     Checkpointer(first.checkpoints).save(5, TrainState(nn.Linear(2, 2)))
     assert open_run(resume=True).path == first.path
 
-    first.append_metrics({"loss": 1.0})
-    assert json.loads((first.path / "metrics.jsonl").read_text()) == {"loss": 1.0}
+    (first.path / "summary.json").touch()  # finished: an unfinished run comes before it, but nothing else does
+    assert open_run(resume=True).path == first.path
+    Checkpointer(second.checkpoints).save(5, TrainState(nn.Linear(2, 2)))
+    assert open_run(resume=True).path == second.path
+
+    for step in (1, 2, 3):
+        first.append_metrics({"step": step, "loss": math.nan if step == 1 else 0.5})
+    first.forget_metrics_after(2)
+    lines = (first.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": 0.5},
+    ]
     with pytest.raises(ValueError, match="already holds a run: go on with it"):
         open_run(resume=False, run_dir=str(first.path))
     assert open_run(resume=True, run_dir=str(first.path)).path == first.path

@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from recsys.training.checkpoint import Checkpointer, TrainState
 from tests.distributed import outcomes_of, run_distributed
 from tests.samples import small_data
-from tests.training.runs import losses, plan, records, small_run, train, train_and_die
+from tests.training.runs import losses, plan, records, small_run, small_task, train, train_and_die
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
@@ -24,8 +26,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     assert summary.steps == 11
     assert summary.samples == 11 * 8
     resumed = records(tmp_path / "killed")
-    assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11]
-    assert losses(tmp_path / "killed")[7:] == losses(tmp_path / "whole")[4:]  # to the last bit
+    assert [record["step"] for record in resumed] == list(range(1, 12))  # steps 5 to 7 of the killed run are dropped
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")  # to the last bit
     assert records(tmp_path / "killed", "eval")[-1]["tasks"] == records(tmp_path / "whole", "eval")[-1]["tasks"]
 
 
@@ -65,6 +67,35 @@ def test_a_run_goes_on_under_another_plan_and_number_of_ranks(
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
+def test_a_resumed_run_obeys_its_own_learning_rates(tmp_path: Path) -> None:
+    config = small_run(tmp_path, max_steps=2, checkpoint_every_steps=2, final_eval=False)
+    run_distributed(train, config, world_size=1, init=False)
+    config.trainer.max_steps, config.trainer.resume = 4, "auto"
+    config.optimizer.dense.lr = config.optimizer.sparse.lr = 0.0
+    run_distributed(train, config, world_size=1, init=False)
+    assert [record["lr"] > 0 for record in records(tmp_path)] == [True, True, False, False]
+    before, after = (TrainState(model=small_task(config)) for _ in range(2))
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    for state, step in ((before, 2), (after, 4)):
+        checkpointer.restore(state, tmp_path / "checkpoints" / f"step_{step:08d}", strict_optimizer=False)
+    moved = [
+        name
+        for (name, old), new in zip(before.model.named_parameters(), after.model.parameters(), strict=True)
+        if not torch.equal(old, new)
+    ]
+    assert moved == []  # neither tables nor dense parameters move at a rate of zero
+
+
+def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
+    config = small_run(tmp_path, max_steps=2, final_eval=False)
+    run_distributed(train, config, world_size=1, init=False)
+    summary, metrics = (tmp_path / "summary.json").read_text(), (tmp_path / "metrics.jsonl").read_text()
+    config.trainer.resume = "auto"
+    assert run_distributed(train, config, world_size=2, init=False) == [None, None]
+    assert (tmp_path / "summary.json").read_text() == summary
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
     config = small_run(tmp_path, max_steps=2, resume="auto", final_eval=False)
     (summary,) = run_distributed(train, config, world_size=1, init=False)
@@ -80,7 +111,8 @@ def test_a_run_directory_in_use_is_refused_on_every_rank(tmp_path: Path) -> None
 
 
 def test_a_checkpoint_that_isnt_there_is_refused_on_every_rank(tmp_path: Path) -> None:
-    config = small_run(tmp_path / "run", resume=str(tmp_path / "nowhere"))
+    (tmp_path / "nothing_here").mkdir()
+    config = small_run(tmp_path / "run", resume=str(tmp_path / "nothing_here"))
     for outcome in outcomes_of(train, config, world_size=2, init=False, timeout=60):
-        assert not outcome.ok
-        assert "nowhere" in str(outcome.error_message)
+        assert outcome.error_type == "ConfigMistake", outcome.describe()
+        assert "nothing_here" in str(outcome.error_message)

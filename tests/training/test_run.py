@@ -1,16 +1,16 @@
 """Whole runs: what they write, that ranks and backends agree, what happens when something is not finite."""
 
+import importlib.metadata
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from recsys.attention import AttentionConfig, BackendName
 from recsys.training.metrics import TaskQuality
-from recsys.training.pipeline import PipelineKind
+from recsys.training.pipeline import NonFinite, PipelineKind
 from tests.conftest import INTERPRETED
 from tests.distributed import outcomes_of, run_distributed
 from tests.samples import small_data, small_model_config
@@ -55,7 +55,7 @@ def test_a_run_writes_everything_down(tmp_path: Path, device: str) -> None:
     assert (written["peak_device_mib_per_rank"][0] > 0) == (device == "cuda")
     assert written["truncated_users"] > 0
     assert written["truncated_events"] >= written["truncated_users"]
-    assert written["environment"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert written["environment"]["torch"] == importlib.metadata.version("torch")
     assert set(written["eval"]) == {"click", "like"}
     for quality in summary.eval.values():
         assert isinstance(quality, TaskQuality)
@@ -135,16 +135,32 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_says_where(tmp_path: Pat
 
 @RANKS
 def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path: Path, device: str) -> None:
-    from recsys.training.pipeline import NonFinite
-
     config = small_run(tmp_path, device, non_finite=NonFinite.skip)
     summaries = run_distributed(
         train_on_spoilt_data, config, "nan", 3, world_size=2, backend=backend_of(device), init=False
     )
     assert [summary.skipped_steps for summary in summaries] == [1, 1]
     seen = losses(tmp_path)
-    assert [math.isfinite(loss) for loss in seen] == [True, True, False, True, True, True]
+    assert [loss is not None for loss in seen] == [True, True, False, True, True, True]
     assert all(math.isfinite(quality.auc) for quality in summaries[0].eval.values())
+
+
+def test_skipping_ends_when_nothing_else_happens(tmp_path: Path) -> None:
+    """A model whose every loss is NaN is lost: the run must not go on to its end and save it."""
+    config = small_run(tmp_path, max_steps=20, non_finite=NonFinite.skip, max_skipped_in_a_row=3)
+    for outcome in outcomes_of(train_on_spoilt_data, config, "nan", 0, world_size=2, init=False, timeout=60):
+        assert outcome.error_type == "NonFiniteLossError", outcome.describe()
+        assert "in 4 steps in a row, up to step 4" in str(outcome.error_message)
+    assert not list((tmp_path / "checkpoints").glob("step_*"))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0], parse_constant=pytest.fail)["loss"] is None  # JSON has no NaN
+
+
+def test_the_operation_behind_a_nan_gradient_is_named(tmp_path: Path) -> None:
+    config = small_run(tmp_path, detect_anomaly=True)
+    (outcome,) = outcomes_of(train_on_spoilt_data, config, "inf", 2, world_size=1, init=False, timeout=60)
+    assert "returned nan values" in str(outcome.error_message), outcome.describe()
+    assert "Backward" in str(outcome.error_message)
 
 
 def test_a_bad_id_on_one_rank_ends_the_run_and_names_it(tmp_path: Path) -> None:
