@@ -5,7 +5,7 @@
 #   RECSYS_PYTHON=path   use this interpreter, with what it has installed, instead of .venv; nothing is set up
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format types check ci doctor bench clean distclean
+.PHONY: help setup train test coverage lint format types check ci doctor bench clean distclean
 
 RECSYS_PYTHON ?=
 PYTHON := $(or $(RECSYS_PYTHON),.venv/bin/python)
@@ -34,6 +34,9 @@ train: setup ## train: all GPUs, or the CPU where there is none; ARGS="model=sma
 
 test: setup ## run the tests; ARGS="tests/kernels -k window" picks some
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --timeout=600 $(ARGS)
+
+coverage: setup ## the tests, and which lines of recsys, kernels and data they run; fails below 85 %
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) --timeout=600 --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: setup ## ruff: rules and formatting
 	$(PYTHON) -m ruff check $(CODE)
