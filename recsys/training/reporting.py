@@ -79,9 +79,12 @@ class Reporter:
             self.say(f"step {step:>6,} | {text}")
         self._record("train", step, {"loss": loss, **rates}, quality)
 
-    def evaluation(self, step: int, quality: dict[str, TaskQuality], seconds: float, samples: int) -> None:
-        """Report an evaluation on held-out users."""
-        self.say(f"\nstep {step:,}: {samples:,} held-out users in {seconds:.1f} s\n{quality_table(quality)}\n")
+    def evaluation(
+        self, step: int, quality: dict[str, TaskQuality], seconds: float, samples: int, *, show: bool
+    ) -> None:
+        """Report an evaluation on held-out users; the last one is shown with the summary."""
+        if show:
+            self.say(f"\nstep {step:,}: {samples:,} held-out users in {seconds:.1f} s\n{quality_table(quality)}\n")
         self._record("eval", step, {"samples": samples, "seconds": seconds}, quality)
 
     def say(self, text: str) -> None:

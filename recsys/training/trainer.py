@@ -212,7 +212,8 @@ class Trainer:
         quality = meter.compute()
         model.train()
         samples = sum(self.ranks.gather(samples))
-        self.reporter.evaluation(self.progress.step, quality, time.perf_counter() - start, samples)
+        seconds = time.perf_counter() - start
+        self.reporter.evaluation(self.progress.step, quality, seconds, samples, show=not self.is_done)
         self.timer.interrupt()
         return quality
 
@@ -231,6 +232,7 @@ class Trainer:
         info = self.checkpointer.restore(self.state(), path=None if resume == "auto" else Path(resume))
         if info is None:
             self.reporter.say(f"no checkpoint under {self.run_dir.checkpoints}: starting from the beginning")
+            self.reporter.forget_after(0)
             return
         progress = Progress(**info.extras["progress"])
         if not self.ranks.is_main:  # rank 0 goes on counting for all

@@ -36,7 +36,9 @@ def test_a_synchronisation_is_found_where_it_is() -> None:
     assert "in 3 steps" in listing.report()
 
 
-@pytest.mark.gpu
-def test_a_training_step_waits_for_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multi_gpu)]
+)
+def test_a_training_step_waits_for_nothing(tmp_path: Path, world_size: int) -> None:
     config = small_run(tmp_path, "cuda", max_steps=12, log_every_steps=6, warmup_steps=3, sync_debug=SyncDebug.error)
-    run_distributed(train, config, world_size=1, backend="nccl", init=False)
+    run_distributed(train, config, world_size=world_size, backend="nccl", init=False)
