@@ -54,8 +54,11 @@ class SequenceTower(nn.Module):
         self.history_keys = [feature.name for feature in schema.history]
         self.candidate_keys = [feature.name for feature in schema.candidates]
         self.mask = mask
-        self.history_in = nn.Linear(_total_dim(schema.history, dims), config.width)
-        self.candidate_in = nn.Linear(_total_dim(schema.candidates, dims), config.width)
+        self.history_in = nn.Linear(_total_dim(schema.history, dims), config.width, bias=False)
+        self.candidate_in = nn.Linear(_total_dim(schema.candidates, dims), config.width, bias=False)
+        # Rows of tables start small. Unscaled, the encodings, alike for all items, would drown what tells items apart, and
+        # deep models would take many hundred steps to find it (docs/decisions/0004-scaled-content.md).
+        self.content_norm = nn.RMSNorm(config.width)
         self.encoding = EventEncoding(config.width, config.max_history, config.num_time_buckets)
         self.blocks = nn.ModuleList(
             JaggedBlock(
@@ -80,8 +83,9 @@ class SequenceTower(nn.Module):
         """
         history_LE = torch.cat([features[key] for key in self.history_keys], dim=-1)
         candidates_NE = torch.cat([features[key] for key in self.candidate_keys], dim=-1)
-        events_LW = self.history_in(history_LE) + self.encoding(batch, sequence)
-        x_SW = sequence.join(events_LW, self.candidate_in(candidates_NE).to(events_LW.dtype))
+        events_LW = self.content_norm(self.history_in(history_LE)) + self.encoding(batch, sequence)
+        candidates_NW = self.content_norm(self.candidate_in(candidates_NE))
+        x_SW = sequence.join(events_LW, candidates_NW.to(events_LW.dtype))
         context = mix_context(batch, sequence, self.mask)
         for block in self.blocks:
             x_SW = block(x_SW, context)
