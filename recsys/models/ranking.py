@@ -56,8 +56,8 @@ class SequenceTower(nn.Module):
         self.mask = mask
         self.history_in = nn.Linear(_total_dim(schema.history, dims), config.width, bias=False)
         self.candidate_in = nn.Linear(_total_dim(schema.candidates, dims), config.width, bias=False)
-        # Rows of tables start small. Unscaled, the encodings, alike for all items, would drown what tells items apart, and
-        # deep models would take many hundred steps to find it (docs/decisions/0004-scaled-content.md).
+        # Rows of tables start small. Unscaled, the encodings, alike for all items, would drown what tells items apart,
+        # and deep models would take many hundred steps to find it (docs/decisions/0004-scaled-content.md).
         self.content_norm = nn.RMSNorm(config.width)
         self.encoding = EventEncoding(config.width, config.max_history, config.num_time_buckets)
         self.blocks = nn.ModuleList(
