@@ -26,7 +26,7 @@ def bf16_peak_flops(device_name: str) -> float | None:
     return next((peak * 1e12 for name, peak in _BF16_PEAK_TFLOPS.items() if name in device_name), None)
 
 
-def visible_pairs(history: Tensor, candidates: Tensor, mask: MaskSpec) -> int:
+def count_visible_pairs(history: Tensor, candidates: Tensor, mask: MaskSpec) -> int:
     """Query-key pairs that the mask shows, over all users.
 
     Args:
@@ -72,7 +72,7 @@ class FlopCounter:
             + self.per_user * batch.num_users
         )
         if self.per_pair:
-            forward += self.per_pair * visible_pairs(batch.history_lengths, batch.candidate_lengths, self.mask)
+            forward += self.per_pair * count_visible_pairs(batch.history_lengths, batch.candidate_lengths, self.mask)
         return 3.0 * forward
 
 

@@ -15,7 +15,7 @@ from recsys.models.config import MixerKind
 from recsys.tables import format_table
 from recsys.training.checkpoint import Checkpointer, TrainState
 from recsys.training.distributed import DeviceKind, Ranks, choose_device
-from recsys.training.flops import FlopCounter, bf16_peak_flops, visible_pairs
+from recsys.training.flops import FlopCounter, bf16_peak_flops, count_visible_pairs
 from recsys.training.guard import FiniteGuard, NonFiniteLossError
 from recsys.training.metrics import TaskQuality
 from recsys.training.optimizer import Decay, DenseOptimizer, DenseOptimizerConfig, learning_rate_factor
@@ -91,7 +91,7 @@ def test_visible_pairs_counts_the_mask(causal: bool, window: int | None) -> None
             for j in range(h):
                 expected += (not causal or j <= i) and (window is None or abs(i - j) < window)
         expected += c * (h + 1)
-    assert visible_pairs(history, candidates, MaskSpec(causal=causal, window=window)) == expected
+    assert count_visible_pairs(history, candidates, MaskSpec(causal=causal, window=window)) == expected
 
 
 def test_flops_match_what_torch_counts() -> None:
@@ -109,7 +109,7 @@ def test_flops_match_what_torch_counts() -> None:
     mine = FlopCounter(config, task.model.interaction, MaskSpec()).step(batch)
     assert mine == pytest.approx(counter.get_total_flops(), rel=0.02)
     attends = FlopCounter(small_model_config(), task.model.interaction, MaskSpec()).step(batch)
-    pairs = visible_pairs(batch.history_lengths, batch.candidate_lengths, MaskSpec())
+    pairs = count_visible_pairs(batch.history_lengths, batch.candidate_lengths, MaskSpec())
     assert attends - mine == 3 * 4 * pairs * config.num_heads * config.head_dim * config.num_layers
 
 
