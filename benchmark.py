@@ -3,6 +3,8 @@
 Takes every override of `train.py` too; those go to each run.
 """
 
+import sys
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -30,7 +32,8 @@ def main(config: DictConfig) -> None:
     groups = [group for group in FORWARDED_GROUPS if chosen.runtime.choices[group] is not None]
     choices = [f"{group}={chosen.runtime.choices[group]}" for group in groups]
     values = [o for o in chosen.overrides.task if o.split("=")[0] not in FORWARDED_GROUPS]
-    run_benchmark(loaded.benchmark, choices + [o for o in values if not o.startswith("benchmark.")])
+    rows = run_benchmark(loaded.benchmark, choices + [o for o in values if not o.startswith("benchmark.")])
+    sys.exit(1 if any(row["failure"] for row in rows) else 0)
 
 
 if __name__ == "__main__":

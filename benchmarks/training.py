@@ -22,6 +22,7 @@ from hydra.core.config_store import ConfigStore
 from recsys.checks import at_least
 from recsys.config import TrainConfig, register
 from recsys.tables import format_table
+from recsys.versions import environment
 
 FIGURES = (
     "device",
@@ -126,11 +127,12 @@ def run_case(case: Case, overrides: Sequence[str], timeout_minutes: float) -> di
         except subprocess.TimeoutExpired:
             failure = f"took longer than {timeout_minutes:g} minutes"
         summary = json.loads((run_dir / "summary.json").read_text()) if failure is None else None
+    known = environment_of_failure() if summary is None else _figures(summary)
     row: dict[str, Any] = {
         "num_processes": case.num_processes,
         "sharding": case.sharding,
         "attention": case.attention,
-        **(_figures(summary) if summary is not None else {}),
+        **known,
         "failure": failure or "",
     }
     row["command"] = " ".join(["torchrun", *command[3:-1]])
@@ -156,6 +158,12 @@ def _figures(summary: dict[str, Any]) -> dict[str, Any]:
         "ne": first_task.get("ne"),
         **{name: environment[name] for name in VERSIONS},
     }
+
+
+def environment_of_failure() -> dict[str, Any]:
+    """What a failed run was tried with."""
+    known = environment()
+    return {name: known[name] for name in ("device", *VERSIONS)}
 
 
 def _reason(output: str) -> str:
@@ -224,5 +232,5 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         values = [row.get(column) for column in columns]
         cells = ["-" if v is None else pattern.format(v) for v, pattern in zip(values, patterns, strict=True)]
-        lines.append([*cells, row["failure"]])
+        lines.append([*cells, row["failure"][:60]])
     return format_table(header, lines)

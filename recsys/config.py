@@ -85,6 +85,8 @@ def explain_config_errors(main: Callable[[], Any]) -> None:
         sys.exit(f"configuration error: {describe(error)}")
     except ConfigMistake as error:
         sys.exit(f"configuration error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: trainer.resume=auto goes on from the newest checkpoint, if there is one")
 
 
 def describe(error: Exception) -> str:

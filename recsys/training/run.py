@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from recsys.config import ConfigMistake, TrainConfig
 from recsys.training.build import build_parts
+from recsys.training.checkpoint import CheckpointRefused
 from recsys.training.distributed import choose_device, process_group, seed_everything
 from recsys.training.run_dir import RunDir
 from recsys.training.summary import Summary
@@ -41,7 +42,12 @@ def run(config: TrainConfig) -> Summary | None:
                 resume=config.trainer.resume == "auto",
             )
             trainer = Trainer(config, parts, ranks, run_dir)
-        except ValueError as error:  # alike on every rank: a plan that fits nowhere, a checkpoint of another model
+        except CheckpointRefused as error:
+            raise ConfigMistake(
+                f"{error}\nA resumed run takes its configuration from the command line: repeat the overrides of that "
+                "run, which its config.yaml shows, or name another with paths.run_dir"
+            ) from error
+        except ValueError as error:  # alike on every rank: a plan that fits nowhere
             raise ConfigMistake(str(error)) from error
         if trainer.is_done:
             trainer.reporter.say(
@@ -66,3 +72,8 @@ def _configure_logging(is_main: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchrec")
     warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")  # TorchRec returns both
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # Replicated pooled tables on a CPU: tests/sharding compares their gradients with unsharded training.
+    warnings.filterwarnings("ignore", message=".*dense_embedding_codegen_lookup_function: an autograd kernel")
+    logging.getLogger("torchrec.distributed.utils").setLevel(logging.ERROR)  # about caches that nobody configured
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: "Sharding spec not found" not in record.getMessage())  # replicated tables

@@ -38,6 +38,7 @@ class SyncWatch:
     """
 
     def __init__(self, mode: SyncDebug, device: torch.device, first_steps: int) -> None:
+        self.asked = mode
         self.mode = mode if device.type == "cuda" else SyncDebug.off
         self.first_steps = first_steps
         self.num_steps = 0
@@ -65,6 +66,8 @@ class SyncWatch:
 
     def report(self) -> str:
         """How often which line synchronised."""
+        if self.asked is not self.mode:
+            return "host synchronisations are looked for on CUDA only"
         num_watched = max(0, self.num_steps - self.first_steps)
         if self.mode is SyncDebug.off or not num_watched:
             return ""

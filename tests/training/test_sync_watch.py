@@ -14,7 +14,8 @@ def test_nothing_is_watched_on_a_cpu() -> None:
     watch = SyncWatch(SyncDebug.error, torch.device("cpu"), first_steps=0)
     with watch.step():
         torch.ones(2).sum().item()
-    assert watch.report() == ""
+    assert watch.report() == "host synchronisations are looked for on CUDA only"
+    assert SyncWatch(SyncDebug.off, torch.device("cpu"), first_steps=0).report() == ""
 
 
 @pytest.mark.gpu

@@ -211,7 +211,7 @@ class Checkpointer:
         if refusals:
             raise CheckpointRefused(
                 f"{self.directory} holds no checkpoint that can be used: {' | '.join(refusals)}. "
-                f"Name another run directory, or remove these to start afresh"
+                "Name another run directory to start afresh"
             )
         return None
 
