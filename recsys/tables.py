@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns under a header, numbers to the right, text to the left."""
+def format_table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], to_the_right: Sequence[bool] | None = None
+) -> str:
+    """Columns under a header; without `to_the_right`, columns of numbers go to the right and text to the left."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
+    if to_the_right is None:
+        to_the_right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
         padded = (
             cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
+            for cell, width, right in zip(row, widths, to_the_right, strict=True)
         )
         return "  ".join(padded).rstrip()
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
-from recsys.attention.padding import PADDABLE_DTYPES, pad, unpad, visible_pairs
+from recsys.attention.interface import JaggedLayout, MaskSpec
+from recsys.attention.padding import PaddedBackend, pad, unpad, visible_pairs
 
 
-class Dense(AttentionBackend):
+class Dense(PaddedBackend):
     """Pad, `q kᵀ`, softmax in fp32, `p v`.
 
     Keeps `(B, H, S, S)` scores: memory grows with the square of the longest user.
@@ -18,14 +17,6 @@ class Dense(AttentionBackend):
 
     name = "dense"
     summary = "pad, explicit softmax in fp32"
-
-    def unavailable(self, device: torch.device) -> str | None:
-        return None
-
-    def refuses(self, request: Request) -> str | None:
-        if request.dtype not in PADDABLE_DTYPES:
-            return f"q, k, v are {request.dtype}, it takes float32, float16 and bfloat16"
-        return None
 
     def attend(
         self,

@@ -9,7 +9,7 @@ import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
 import torch
 from torch import Tensor
 
-from recsys.attention.interface import JaggedLayout, MaskSpec
+from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
 
 PADDABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """FBGEMM's CPU padding has no float64."""
@@ -57,3 +57,15 @@ def _visible_pairs(layout: JaggedLayout, mask: MaskSpec) -> Tensor:
     is_candidate = (i >= history) & (i < length)
     visible = (j < history) & (((i < history) & among_history) | is_candidate) | (i == j)
     return visible[:, None]
+
+
+class PaddedBackend(AttentionBackend):
+    """What backends that pad have in common: they run anywhere, in the dtypes that can be padded."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def refuses(self, request: Request) -> str | None:
+        if request.dtype not in PADDABLE_DTYPES:
+            return f"q, k, v are {request.dtype}, it takes float32, float16 and bfloat16"
+        return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
-from recsys.attention.padding import PADDABLE_DTYPES, pad, unpad, visible_pairs
+from recsys.attention.interface import JaggedLayout, MaskSpec
+from recsys.attention.padding import PaddedBackend, pad, unpad, visible_pairs
 
 
-class Sdpa(AttentionBackend):
+class Sdpa(PaddedBackend):
     """Pad, then `scaled_dot_product_attention`, with as little mask as correctness allows.
 
     Only without an explicit mask may torch use its flash kernel, so it is left out where nothing needs it:
@@ -23,14 +22,6 @@ class Sdpa(AttentionBackend):
 
     name = "sdpa"
     summary = "pad, torch's scaled_dot_product_attention"
-
-    def unavailable(self, device: torch.device) -> str | None:
-        return None
-
-    def refuses(self, request: Request) -> str | None:
-        if request.dtype not in PADDABLE_DTYPES:
-            return f"q, k, v are {request.dtype}, it takes float32, float16 and bfloat16"
-        return None
 
     def attend(
         self,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from recsys.checks import at_least
+from recsys.checks import at_least, decay_rates
 
 
 class SparseOptimizerName(Enum):
@@ -56,9 +56,7 @@ class SparseOptimizerConfig:
         at_least("optimizer.sparse.lr", self.lr, 0.0)
         at_least("optimizer.sparse.eps", self.eps, 0.0)
         at_least("optimizer.sparse.weight_decay", self.weight_decay, 0.0)
-        for beta in self.betas:
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"optimizer.sparse.betas holds {beta}: allowed are 0 <= beta < 1")
+        decay_rates("optimizer.sparse.betas", self.betas)
         if self.weight_decay and self.name is not SparseOptimizerName.adam:
             raise ValueError(
                 f"optimizer.sparse.weight_decay is {self.weight_decay} with {self.name.value}: "

@@ -8,6 +8,7 @@ from torch import nn
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 from recsys.embeddings import SparseOptimizerConfig, Table, tables_of
+from recsys.tables import format_table
 
 MIB = 1024**2
 BYTES_PER_FLOAT = 4
@@ -80,19 +81,7 @@ def format_plan(
             )
     what = "weights and optimizer state" if optimizer is not None else "weights"
     footer = f"{what}: {_spread(totals)} MiB per rank on {world_size} rank{'s' if world_size > 1 else ''}"
-    return "\n".join([*_align([HEADINGS, *sorted(lines)]), footer])
-
-
-def _align(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    rule = tuple("-" * width for width in widths)
-    return [
-        "  ".join(
-            cell.rjust(width) if numeric else cell.ljust(width)
-            for cell, width, numeric in zip(line, widths, NUMERIC, strict=True)
-        ).rstrip()
-        for line in (lines[0], rule, *lines[1:])
-    ]
+    return format_table(HEADINGS, sorted(lines), NUMERIC) + "\n" + footer
 
 
 def _range(ranks: list[int]) -> str:

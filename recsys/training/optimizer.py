@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recsys.checks import at_least, between
+from recsys.checks import at_least, between, decay_rates
 from recsys.embeddings import SparseOptimizerConfig
 
 
@@ -51,9 +51,7 @@ class DenseOptimizerConfig:
 
     def __post_init__(self) -> None:
         at_least("optimizer.dense.lr", self.lr, 0.0)
-        for beta in self.betas:
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"optimizer.dense.betas holds {beta}: allowed are 0 <= beta < 1")
+        decay_rates("optimizer.dense.betas", self.betas)
         at_least("optimizer.dense.eps", self.eps, 0.0)
         at_least("optimizer.dense.weight_decay", self.weight_decay, 0.0)
         at_least("optimizer.dense.warmup_steps", self.warmup_steps, 0)

@@ -25,48 +25,37 @@ class NonFinite(Enum):
     skip = "skip"
 
 
-class _Skipping:
-    """Leaves the backward out, on every rank, in a step in which any rank's loss is not finite.
+class _MaySkip:
+    """With `skips`, leaves the backward out, on every rank, in a step in which any rank's loss is not finite.
 
     Sparse optimizers run inside the backward, so the step has to be given up before it, which takes one host
-    synchronisation a step; `NonFinite.stop` needs none. The dense optimizer finds no gradients and does nothing.
+    synchronisation a step; without `skips` there is none. The dense optimizer finds no gradients and does nothing.
     """
 
+    skips = False
     last_skipped = False
 
     def _backward(self, losses: Tensor) -> None:
-        finite = torch.isfinite(losses.detach()).all().float()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        self.last_skipped = finite.item() == 0.0
+        self.last_skipped = self.skips and not _finite_on_all_ranks(losses)
         if not self.last_skipped:
             super()._backward(losses)  # type: ignore[misc]
 
 
-class _NotSkipping:
-    last_skipped = False
+def _finite_on_all_ranks(losses: Tensor) -> bool:
+    finite = torch.isfinite(losses.detach()).all().float()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return finite.item() == 1.0
 
 
-class _Base(TrainPipelineBase):
+class _SparseDist(_MaySkip, TrainPipelineSparseDist):
+    pass
+
+
+class _Base(_MaySkip, TrainPipelineBase):
     def detach(self) -> nn.Module:
         """The model; nothing was rewritten."""
         return self._model
-
-
-class _SparseDist(_NotSkipping, TrainPipelineSparseDist):
-    pass
-
-
-class _SparseDistSkipping(_Skipping, TrainPipelineSparseDist):
-    pass
-
-
-class _Plain(_NotSkipping, _Base):
-    pass
-
-
-class _PlainSkipping(_Skipping, _Base):
-    pass
 
 
 def build_pipeline(
@@ -78,8 +67,10 @@ def build_pipeline(
     `base` only copies ahead. `progress(iterator)` runs one step, `detach()` gives the plain model for an evaluation in
     between, `last_skipped` tells whether the last step was left out.
     """
+    pipeline: Any
     if kind is PipelineKind.sparse_dist:
-        pipeline = _SparseDistSkipping if non_finite is NonFinite.skip else _SparseDist
-        return pipeline(model, optimizers, device, execute_all_batches=True)
-    plain = _PlainSkipping if non_finite is NonFinite.skip else _Plain
-    return plain(model, optimizers, device)
+        pipeline = _SparseDist(model, optimizers, device, execute_all_batches=True)
+    else:
+        pipeline = _Base(model, optimizers, device)
+    pipeline.skips = non_finite is NonFinite.skip
+    return pipeline

@@ -1,6 +1,5 @@
 """What a run tells while it runs: progress bar, log lines, `metrics.jsonl`, TensorBoard, traces."""
 
-import logging
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -15,8 +14,6 @@ from recsys.training.distributed import Ranks
 from recsys.training.metrics import TaskQuality
 from recsys.training.run_dir import RunDir
 from recsys.training.summary import quality_table
-
-log = logging.getLogger(__name__)
 
 
 class Steppable(Protocol):
