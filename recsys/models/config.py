@@ -73,6 +73,10 @@ class ModelConfig:
     head_widths: list[int] = field(default_factory=lambda: [64])
     """Hidden widths of each task's head."""
 
+    learning_rate: float = 2e-3
+    """Peak rate of the dense optimizer that suits this size: wider models want smaller ones. `configs/optimizer`
+    takes `optimizer.dense.lr` from it."""
+
     precision: Precision = Precision.auto
     """`auto`: bf16 autocast on CUDA, fp32 on a CPU."""
 
@@ -89,6 +93,7 @@ class ModelConfig:
         ):
             at_least(f"model.{name}", getattr(self, name), 1)
         between("model.head_dim", self.head_dim, 16, 256)
+        at_least("model.learning_rate", self.learning_rate, 0.0)
         at_least("model.num_time_buckets", self.num_time_buckets, 2)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout is {self.dropout}: allowed are 0 <= dropout < 1")

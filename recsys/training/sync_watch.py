@@ -1,16 +1,19 @@
 """Finds host synchronisations inside CUDA training steps, with torch's sync debug mode."""
 
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 
-_EXCHANGE_OF_SIZES = ("torchrec/distributed/dist_data.py", "torchrec/distributed/train_pipeline/")
-"""Where TorchRec exchanges the sizes of the next batch's ids."""
+_MESSAGE = "synchronizing CUDA operation"
 
 
 class SyncDebug(Enum):
@@ -51,16 +54,17 @@ class SyncWatch:
         if self.mode is SyncDebug.off or self.num_steps <= self.first_steps:
             yield
             return
+        found: list[_Site] = []
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("always", message=f".*{_MESSAGE}")
+                warnings.showwarning = _collector(found, warnings.showwarning)
                 yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        found = [_site(w) for w in caught if "synchronizing CUDA operation" in str(w.message)]
-        self.sites.update(found)
-        own = [site for site in found if not site.startswith(_EXCHANGE_OF_SIZES)]
+        self.sites.update(str(site) for site in found)
+        own = [str(site) for site in found if not site.is_exchange]
         if own and self.mode is SyncDebug.error:
             raise SynchronisationError(f"a training step waited for the GPU at {', '.join(dict.fromkeys(own))}")
 
@@ -75,8 +79,44 @@ class SyncWatch:
         return f"host synchronisations in {num_watched} steps:\n" + "\n".join(lines)
 
 
-def _site(warning: warnings.WarningMessage) -> str:
+@dataclass(frozen=True)
+class _Site:
+    """Where a synchronisation was asked for."""
+
+    line: str
     """File, from its package on, and line."""
-    parts = Path(warning.filename).parts
+
+    is_exchange: bool
+    """Called from TorchRec's exchange of the next batch's sizes."""
+
+    def __str__(self) -> str:
+        return f"{self.line} (TorchRec's exchange of sizes)" if self.is_exchange else self.line
+
+
+def _collector(found: list[_Site], show: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands in for `warnings.showwarning`: keeps the site of a synchronisation, shows any other warning."""
+
+    def collect(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        if _MESSAGE in str(message):
+            found.append(_Site(f"{_from_package(filename)}:{lineno}", _in_exchange()))
+        else:
+            show(message, category, filename, lineno, *rest)
+
+    return collect
+
+
+def _in_exchange() -> bool:
+    """Is TorchRec's exchange of sizes, or its pipeline's part of it, among the callers?"""
+    return any(_exchanges(frame) for frame, _ in traceback.walk_stack(None))
+
+
+def _exchanges(frame: FrameType) -> bool:
+    file = _from_package(frame.f_code.co_filename)
+    in_pipeline = file.startswith("torchrec/distributed/train_pipeline/") and "data_dist" in frame.f_code.co_name
+    return in_pipeline or file == "torchrec/distributed/dist_data.py"
+
+
+def _from_package(filename: str) -> str:
+    parts = Path(filename).parts
     roots = [i for i, part in enumerate(parts) if part in ("torchrec", "torch", "recsys", "data", "kernels")]
-    return f"{'/'.join(parts[roots[-1] if roots else -1 :])}:{warning.lineno}"
+    return "/".join(parts[roots[-1] if roots else -1 :])
