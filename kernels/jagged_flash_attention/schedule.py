@@ -1,0 +1,392 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The schedule: where the tiles of a jagged batch are, as lists that the attention kernels walk.
+
+A grid of users x tiles of the longest user is mostly empty where lengths differ, and the host can't know the tiles
+without waiting for the GPU. So one small kernel writes them down, the most work first, and the host launches the most
+there can be. Row i of a list, int32, is one tile of BLOCK rows of one user:
+
+    0 own_start    first row of the user on the side that is cut into tiles
+    1 own_len      rows of the user on that side; 0: no work, this row is past the end of the list
+    2 other_start  first row of the user on the other side (self attention: own_start)
+    3 other_len    rows of the user on the other side (self attention: own_len)
+    4 tile         index of the tile within the user, 0 ... ceil(own_len / BLOCK) - 1
+    5 history      keys of the user that others may see: own_len minus its candidates, in cross attention all keys
+    6 user         index of the user
+    7 0
+
+Names: B users; a user's class is the index of its last tile, -1 when it is empty; `i_*`, `o_*`, `m_*`, `p_*` as in
+tiles.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.jagged_flash_attention.launch import INTERPRETED, launch_on, require_triton
+
+COLUMNS = 8
+MIN_BLOCK = 16
+MAX_ROWS = 2**31 - 1  # a list holds int32
+# Programs per list: every one reads all offsets, so more of them cost bandwidth, and the interpreter runs them in turn.
+TARGET_GROUPS = 3 if INTERPRETED else 64
+MAX_USERS_PER_GROUP = 128
+MIN_CHUNK, MAX_CHUNK = 128, 4096  # users that a program counts at once; fewer would leave threads without a user
+MAX_TILES_PER_STEP = 1024  # (user, tile) pairs that a program places at once
+
+
+@triton.jit  # pragma: no cover
+def load_user(p_offsets, i_b, total, max_seqlen):
+    """First row and number of rows, int32.
+
+    Clamped so that no offsets, however wrong, make a kernel touch memory outside its tensors.
+    """
+    bos = tl.minimum(tl.maximum(tl.load(p_offsets + i_b).to(tl.int64), 0), total)
+    eos = tl.minimum(tl.maximum(tl.load(p_offsets + i_b + 1).to(tl.int64), bos), total)
+    return bos.to(tl.int32), tl.minimum(eos - bos, max_seqlen).to(tl.int32)
+
+
+@triton.jit  # pragma: no cover
+def load_last_tiles(p_offsets, first_user, B, total, max_seqlen, shift, CHUNK: tl.constexpr):
+    """The class of users first_user ... first_user + CHUNK: (CHUNK,), -1 past the last user."""
+    o_user = first_user + tl.arange(0, CHUNK)
+    _, length = load_user(p_offsets, tl.minimum(o_user, B - 1), total, max_seqlen)
+    return tl.where(o_user < B, (length - 1) >> shift, -1)
+
+
+@triton.jit  # pragma: no cover
+def count_classes(last_tile, is_before, first_class, CLASSES: tl.constexpr):
+    """Users of each class first_class ... first_class + CLASSES, before and not before the group: (2 * CLASSES,)."""
+    o_class = last_tile - first_class
+    mask = (o_class >= 0) & (o_class < CLASSES) & (last_tile >= 0)
+    o_bin = tl.where(mask, 2 * o_class + tl.where(is_before, 0, 1), 0)
+    return tl.histogram(o_bin, 2 * CLASSES, mask=mask)
+
+
+# Totals and lengths differ in every batch: a kernel specialised on them would be compiled over and over.
+@triton.jit(do_not_specialize=["B", "total", "max_seqlen", "other_total", "other_max_seqlen"])  # pragma: no cover
+def jagged_tile_lists_kernel(
+    p_lists,  # (capacities of all lists, 8)
+    p_offsets,  # (B + 1,)
+    p_other_offsets,  # (B + 1,), not read unless HAS_OTHER
+    p_num_targets,  # (B,), not read unless HAS_TARGETS
+    B,
+    total,
+    max_seqlen,
+    other_total,
+    other_max_seqlen,
+    SHIFTS: tl.constexpr,  # log2(BLOCK) of every list
+    DESCENDING: tl.constexpr,  # of every list
+    BY_TILE: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    KEYS_ARE_OTHER: tl.constexpr,
+    USERS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    STEPS: tl.constexpr,  # of CLASSES classes, that cover the longest user; mostly 1, and then there is no loop
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,  # B <= CHUNK
+    ZEROS: tl.constexpr,
+    SUM: tl.constexpr,  # int64 where clamped wrong offsets can add up to 2^31 tiles
+):
+    """One program: USERS users of one list. Counts the users of each class, which says where each tile belongs.
+
+    Not BY_TILE, the tiles of all longer users come before those of a user. BY_TILE, all tiles t + 1 come before all
+    tiles t, and among equals those of longer users. DESCENDING counts tiles from the user's end.
+    """
+    capacity = 0
+    first_row = tl.zeros([], dtype=tl.int64)
+    shift = 0
+    descending = False
+    for i_list in tl.static_range(len(SHIFTS)):
+        first_row += tl.where(i_list <= tl.program_id(1), capacity, 0)
+        is_mine = i_list == tl.program_id(1)
+        capacity = tl.where(i_list <= tl.program_id(1), (total >> SHIFTS[i_list]) + tl.minimum(B, total), capacity)
+        shift = tl.where(is_mine, SHIFTS[i_list], shift)
+        descending = tl.where(is_mine, DESCENDING[i_list], descending)
+    p_list = p_lists + first_row * 8
+
+    first_user = tl.program_id(0) * USERS
+    o_chunk = tl.arange(0, CHUNK)
+    b_chunk = load_last_tiles(p_offsets, 0, B, total, max_seqlen, shift, CHUNK)  # first, it is waited for longest
+    o_user = first_user + tl.arange(0, USERS)
+    i_user = tl.minimum(o_user, B - 1)
+    start, length = load_user(p_offsets, i_user, total, max_seqlen)
+    other_start, other_length = start, length
+    if HAS_OTHER:
+        other_start, other_length = load_user(p_other_offsets, i_user, other_total, other_max_seqlen)
+    history = length
+    if HAS_TARGETS:
+        num_targets = tl.load(p_num_targets + i_user).to(tl.int64)
+        history = length - tl.minimum(tl.maximum(num_targets, 0), length).to(tl.int32)
+    if KEYS_ARE_OTHER:
+        history = other_length
+    o_column = tl.arange(0, 8)[None, :]
+    b_row = tl.where(o_column == 0, start[:, None], 0)
+    b_row = tl.where(o_column == 1, length[:, None], b_row)
+    b_row = tl.where(o_column == 2, other_start[:, None], b_row)
+    b_row = tl.where(o_column == 3, other_length[:, None], b_row)
+    b_row = tl.where(o_column == 5, history[:, None], b_row)
+    b_row = tl.where(o_column == 6, o_user[:, None], b_row)  # (USERS, 8)
+
+    last_tile = tl.where(o_user < B, (length - 1) >> shift, -1)
+    is_earlier = (o_user[None, :] < o_user[:, None]) & (last_tile[None, :] == last_tile[:, None])
+    num_earlier = tl.sum(is_earlier.to(tl.int32), 1).to(SUM)  # users of the same class before it in the group
+
+    num_longer = tl.zeros([], dtype=SUM)  # users of the classes above
+    num_tiles = tl.zeros([], dtype=SUM)  # their tiles
+    place = tl.zeros([USERS], dtype=SUM)
+    for i_step in range(0, STEPS):  # the highest classes first
+        first_class = (STEPS - 1 - i_step) * CLASSES
+        o_class = first_class + tl.arange(0, CLASSES)
+        counts = count_classes(b_chunk, o_chunk < first_user, first_class, CLASSES)
+        if not ONE_CHUNK:
+            for i_chunk in range(CHUNK, B, CHUNK):
+                b_more = load_last_tiles(p_offsets, i_chunk, B, total, max_seqlen, shift, CHUNK)
+                counts += count_classes(b_more, i_chunk + o_chunk < first_user, first_class, CLASSES)
+        before, after = tl.split(tl.reshape(counts, (CLASSES, 2)))
+        before, count = before.to(SUM), (before + after).to(SUM)
+        tiles = count * (o_class + 1)
+        longer = num_longer + tl.cumsum(count, 0, reverse=True)  # users of this class and above
+        longer_tiles = num_tiles + tl.cumsum(tiles, 0, reverse=True)
+        is_class = last_tile[:, None] == o_class[None, :]
+        if BY_TILE:
+            b_place = longer - count + before
+            within = num_earlier
+            base = longer_tiles - (o_class + 1) * longer  # tiles later in their user than tile o_class
+        else:
+            b_place = longer_tiles - tiles + before * (o_class + 1)
+            within = num_earlier * (last_tile + 1)
+            base = o_class.to(SUM)
+        place += tl.sum(tl.where(is_class, b_place[None, :] + within[:, None], 0), 1)
+
+        position = base[None, :] + place[:, None]  # (USERS, CLASSES), of tiles first_class ...
+        mask = (o_class[None, :] <= last_tile[:, None]) & (position < capacity)
+        tile = tl.where(descending, last_tile[:, None] - o_class[None, :], o_class[None, :])
+        p_row = p_list + position.to(tl.int64)[:, :, None] * 8 + o_column[None, :, :]
+        tl.store(p_row, tl.where(o_column[None, :, :] == 4, tile[:, :, None], b_row[:, None, :]), mask=mask[:, :, None])
+        num_longer += tl.sum(count, 0)
+        num_tiles += tl.sum(tiles, 0)
+
+    # What is left of the list is zero. No list is as long as 2^31 rows, so the clamped sum fits an int32.
+    end = tl.minimum(num_tiles, capacity).to(tl.int32)
+    for i_row in range(end + tl.program_id(0) * ZEROS, capacity, tl.num_programs(0) * ZEROS):
+        o_row = i_row + tl.arange(0, ZEROS)[:, None]
+        p_row = p_list + o_row.to(tl.int64) * 8 + o_column
+        tl.store(p_row, tl.zeros([ZEROS, 8], dtype=tl.int32), mask=(o_row < capacity) & (o_column < 8))
+
+
+@torch.library.custom_op("recsys_kernels::jagged_tile_lists", mutates_args=())
+def tile_lists_op(
+    offsets: Tensor,
+    other_offsets: Tensor | None,
+    num_targets: Tensor | None,
+    total: int,
+    max_seqlen: int,
+    other_total: int,
+    other_max_seqlen: int,
+    blocks: list[int],
+    descending: list[bool],
+    by_tile: bool,
+    keys_are_other: bool,
+) -> Tensor:
+    """The lists of all blocks one after another, (sum of their capacities, 8) int32, in one launch.
+
+    Args:
+        offsets, total, max_seqlen: of the side that is cut into tiles.
+        other_offsets, other_total, other_max_seqlen: of the other side; None and any numbers in self attention.
+        blocks: rows of a tile, powers of two, one per list.
+        descending: for each list whether the last tile of a user has the least work, not the first. Matters by_tile.
+        by_tile: whether the work of a tile depends on its index rather than on its user's length.
+        keys_are_other: cross attention, and the tiles are of queries.
+    """
+    require_triton(offsets.device)
+    num_users = offsets.shape[0] - 1
+    capacities = [tile_capacity(total, num_users, block) for block in blocks]
+    lists = offsets.new_empty((sum(capacities), COLUMNS), dtype=torch.int32)
+    if lists.numel() == 0:
+        return lists
+    if num_users == 0:
+        return lists.zero_()
+    max_seqlen = min(max_seqlen, total)
+    num_classes = triton.next_power_of_2(max(1, triton.cdiv(max_seqlen, min(blocks))))  # of 2: to compile rarely
+    users = triton.next_power_of_2(triton.cdiv(num_users, TARGET_GROUPS))
+    users = min(max(users, 2), MAX_USERS_PER_GROUP)
+    classes = min(num_classes, MAX_TILES_PER_STEP // users)
+    chunk = min(max(triton.next_power_of_2(num_users), MIN_CHUNK), MAX_CHUNK)
+    num_warps = 4 if chunk <= 1024 else 8
+    offsets = offsets.contiguous()
+    other = offsets if other_offsets is None else other_offsets.contiguous()
+    targets = offsets if num_targets is None else num_targets.contiguous()
+    with launch_on(offsets.device):
+        jagged_tile_lists_kernel[(triton.cdiv(num_users, users), len(blocks))](
+            lists,
+            offsets,
+            other,
+            targets,
+            num_users,
+            total,
+            max_seqlen,
+            other_total,
+            other_max_seqlen,
+            SHIFTS=tuple(block.bit_length() - 1 for block in blocks),
+            DESCENDING=tuple(descending),
+            BY_TILE=by_tile,
+            HAS_OTHER=other_offsets is not None,
+            HAS_TARGETS=num_targets is not None,
+            KEYS_ARE_OTHER=keys_are_other,
+            USERS=users,
+            CLASSES=classes,
+            STEPS=num_classes // classes,
+            CHUNK=chunk,
+            ONE_CHUNK=num_users <= chunk,
+            ZEROS=16 * num_warps,
+            SUM=tl.int64 if num_users * num_classes > MAX_ROWS else tl.int32,
+            num_warps=num_warps,
+        )
+    return lists
+
+
+@tile_lists_op.register_fake
+def _tile_lists_fake(
+    offsets: Tensor,
+    other_offsets: Tensor | None,
+    num_targets: Tensor | None,
+    total: int,
+    max_seqlen: int,
+    other_total: int,
+    other_max_seqlen: int,
+    blocks: list[int],
+    *_: object,
+) -> Tensor:
+    rows = sum(tile_capacity(total, offsets.shape[0] - 1, block) for block in blocks)
+    return offsets.new_empty((rows, COLUMNS), dtype=torch.int32)
+
+
+def tile_capacity(total: int, num_users: int, block: int) -> int:
+    """Rows of a list: the most tiles that `num_users` users with `total` tokens together can have."""
+    return total // block + torch.sym_min(num_users, total)
+
+
+class Schedule:
+    """Where the tiles of a batch are: made once per batch, shared by all layers, by forward and backward.
+
+    Nothing waits for the GPU. A list is made when it is first asked for and then kept, so one object serves one batch;
+    `prepare` makes several lists with one launch.
+
+    Args:
+        offsets: `(B + 1,)` int32 or int64, ascending from 0 to total: where users' queries are.
+        total: rows of the queries, all users together; less than 2^31.
+        max_seqlen: at least the longest user's number of queries.
+        num_targets: `(B,)` int32 or int64, candidates at the end of each user; self attention only.
+        key_offsets: `(B + 1,)`, like offsets, for cross attention; None: the queries are the keys.
+        total_keys, max_key_seqlen: like total and max_seqlen; needed with key_offsets, and only then.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or numbers that don't fit. The values of the tensors are not looked at;
+            wrong ones give wrong lists, but none that points outside 0 ... total or past max_seqlen.
+        RuntimeError: when lists are asked for and the tensors are not on CUDA and Triton isn't interpreting.
+    """
+
+    def __init__(
+        self,
+        offsets: Tensor,
+        total: int,
+        max_seqlen: int,
+        *,
+        num_targets: Tensor | None = None,
+        key_offsets: Tensor | None = None,
+        total_keys: int | None = None,
+        max_key_seqlen: int | None = None,
+    ) -> None:
+        self.is_cross = key_offsets is not None
+        if self.is_cross != (total_keys is not None) or self.is_cross != (max_key_seqlen is not None):
+            raise ValueError("key_offsets, total_keys and max_key_seqlen go together; give all of them or none")
+        if self.is_cross and num_targets is not None:
+            raise ValueError("num_targets are candidates among the keys of self attention; cross attention has none")
+        _check_side("offsets", offsets, "total", total, "max_seqlen", max_seqlen)
+        num_users = offsets.shape[0] - 1
+        _check_partner("key_offsets", key_offsets, offsets, num_users + 1)
+        _check_partner("num_targets", num_targets, offsets, num_users)
+        self.num_users = num_users
+        self.num_targets = num_targets
+        self.queries = (offsets, total, max_seqlen)
+        self.keys = self.queries
+        if key_offsets is not None and total_keys is not None and max_key_seqlen is not None:
+            _check_side("key_offsets", key_offsets, "total_keys", total_keys, "max_key_seqlen", max_key_seqlen)
+            self.keys = (key_offsets, total_keys, max_key_seqlen)
+        self._lists: dict[tuple[bool, int, bool], Tensor] = {}
+
+    def query_tiles(self, blocks: Sequence[int], causal: bool) -> list[Tensor]:
+        """One (capacity, 8) list per block of the tiles of queries; causal, a late query has the most work."""
+        self.prepare(query_blocks=blocks, causal=causal)
+        return [self._lists[self._key(False, block, causal)] for block in blocks]
+
+    def key_tiles(self, blocks: Sequence[int], causal: bool) -> list[Tensor]:
+        """One (capacity, 8) list per block of the tiles of keys; causal, an early key has the most work."""
+        self.prepare(key_blocks=blocks, causal=causal)
+        return [self._lists[self._key(True, block, causal)] for block in blocks]
+
+    def prepare(self, *, query_blocks: Iterable[int] = (), key_blocks: Iterable[int] = (), causal: bool) -> None:
+        """Make the lists that are missing, with one launch (cross attention: one for queries and one for keys).
+
+        Args:
+            query_blocks, key_blocks: rows of a tile, powers of two from 16.
+            causal: whether work depends on a tile's place in its user, rather than on the user's length alone.
+        """
+        wanted = [self._key(False, block, causal) for block in query_blocks]
+        wanted += [self._key(True, block, causal) for block in key_blocks]
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._lists]
+        if self.is_cross:
+            self._make([key for key in missing if not key[0]], causal)
+            self._make([key for key in missing if key[0]], causal)
+        else:
+            self._make(missing, causal)
+
+    def _key(self, of_keys: bool, block: int, causal: bool) -> tuple[bool, int, bool]:
+        """What tells lists apart. In self attention without a causal mask those of queries serve as those of keys."""
+        if block < MIN_BLOCK or block & (block - 1):
+            raise ValueError(f"a tile must have a power of two of rows, at least {MIN_BLOCK}; got {block}")
+        return (of_keys and (causal or self.is_cross), block, causal)
+
+    def _make(self, keys: list[tuple[bool, int, bool]], causal: bool) -> None:
+        if not keys:
+            return
+        blocks = [key[1] for key in keys]
+        descending = [key[0] and causal for key in keys]  # a late query has the most work, but an early key
+        of_keys = self.is_cross and keys[0][0]
+        own, other = (self.keys, self.queries) if of_keys else (self.queries, self.keys)
+        other_offsets = other[0] if self.is_cross else None
+        keys_are_other = self.is_cross and not of_keys
+        lists = tile_lists_op(
+            own[0], other_offsets, self.num_targets, *own[1:], *other[1:], blocks, descending, causal, keys_are_other
+        )
+        sizes = [tile_capacity(own[1], self.num_users, block) for block in blocks]
+        self._lists.update(zip(keys, lists.split(sizes), strict=True))
+
+
+def _check_side(name: str, offsets: Tensor, total_name: str, total: int, max_seqlen_name: str, max_seqlen: int) -> None:
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (users + 1,), got {tuple(offsets.shape)}")
+    if not 0 <= total <= MAX_ROWS:
+        raise ValueError(f"{total_name} must be from 0 to {MAX_ROWS}, got {total}")
+    if not 0 <= max_seqlen <= MAX_ROWS:
+        raise ValueError(f"{max_seqlen_name} must be from 0 to {MAX_ROWS}, got {max_seqlen}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {offsets.dtype}")
+
+
+def _check_partner(name: str, tensor: Tensor | None, offsets: Tensor, length: int) -> None:
+    """That an index vector beside `offsets` has its device and a length that fits."""
+    if tensor is None:
+        return
+    if tensor.dim() != 1 or tensor.shape[0] != length:
+        raise ValueError(f"{name} must have shape ({length},) for the users of offsets, got {tuple(tensor.shape)}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
+    if tensor.device != offsets.device:
+        raise ValueError(f"offsets are on {offsets.device}, {name} on {tensor.device}; they must be on one device")
