@@ -1,0 +1,434 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Forward for Hopper (compute capability 9.x), head dim 64 or 128 and 16-bit types, written in Gluon.
+
+One program per row of a tile list and head: 128 queries of one user. Its warps take three parts, after
+FlashAttention-3 (arXiv:2407.08608):
+
+- one warp loads: queries once, then tiles of BN keys and values, by TMA into a ring of STAGES slots;
+- two groups of four warps compute, 64 queries each. Matrix products run in the background (asynchronous
+  wgmma): while the tensor cores do scores of one tile and P V of the tile before, the group does the softmax.
+
+Tiles of keys are visited from the last to the first. The last is the only one that needs a mask, for the
+diagonal as well as for the end of the history: a group's 64 queries lie in one tile of keys. It is done
+before the loop, so the loop has no mask at all.
+
+Names: see tiles.py; `ready` barriers say that a slot is filled, `free` barriers that both groups are done with
+it. Scores stay unscaled; the scale (in base 2) goes into the one fused multiply-add in front of `exp2`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.jagged_flash_attention.launch import INTERPRETED, launch_on
+
+LOG2_E = math.log2(math.e)
+
+BLOCK = 128  # queries of a program: rows of a tile of the tile list
+GROUP = gl.constexpr(64)  # queries of a group of four warps: the rows of one wgmma
+GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit  # pragma: no cover
+def next_slot(slot, phase, STAGES: gl.constexpr):
+    """The next slot of a ring, and the phase of its barriers, which turns over with every round."""
+    is_last = slot == STAGES - 1
+    return gl.where(is_last, 0, slot + 1), gl.where(is_last, phase ^ 1, phase)
+
+
+@gluon.jit  # pragma: no cover
+def count_key_tiles(i_m, h, BN: gl.constexpr, CAUSAL: gl.constexpr):
+    """Tiles of history keys that the 64 queries from i_m on visit; at least one, if all of it is masked."""
+    hi = h
+    if CAUSAL:
+        hi = gl.where(i_m + GROUP <= h, i_m + GROUP, h)  # a candidate sees the whole history
+    return gl.maximum(gl.cdiv(hi, BN), 1)
+
+
+@gluon.jit  # pragma: no cover
+def load_partition(
+    desc_q, desc_k, desc_v, q_slots, k_slots, v_slots, q_ready, k_ready, k_free, v_ready, v_free,
+    row_q, row_k, col_q, col_k, col_v, num_tiles,
+    BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Queries, then every tile of keys and values, each as soon as its slot is free."""
+    mbarrier.expect(q_ready, 2 * desc_q.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc_q, [row_q, col_q], q_ready, q_slots.index(0))
+    tma.async_copy_global_to_shared(desc_q, [row_q + GROUP, col_q], q_ready, q_slots.index(1))
+    slot = 0
+    phase = 1  # a new barrier counts as having completed the round before: the first wait returns at once
+    for i in range(num_tiles):
+        row = row_k + (num_tiles - 1 - i) * BN
+        mbarrier.wait(k_free.index(slot), phase)
+        mbarrier.expect(k_ready.index(slot), desc_k.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc_k, [row, col_k], k_ready.index(slot), k_slots.index(slot))
+        mbarrier.wait(v_free.index(slot), phase)
+        mbarrier.expect(v_ready.index(slot), desc_v.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc_v, [row, col_v], v_ready.index(slot), v_slots.index(slot))
+        slot, phase = next_slot(slot, phase, STAGES)
+
+
+@gluon.jit  # pragma: no cover
+def zero_rows_from(v_slot, num_rows, BN: gl.constexpr, D: gl.constexpr):
+    """Zero the rows of a tile of values from num_rows on: they are not this user's, and 0 * NaN is NaN.
+
+    Both groups do it, each for itself: they write the same.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    b_v = v_slot.load(layout)
+    m_row = (gl.arange(0, BN, gl.SliceLayout(1, layout)) < num_rows)[:, None]
+    v_slot.store(gl.where(m_row, b_v, gl.zeros_like(b_v)))
+    fence_async_shared()
+
+
+@gluon.jit  # pragma: no cover
+def attend_self(
+    b_acc, b_max, b_sum, p_q, p_k, p_v, stride_ql, stride_kl, stride_vl, i_m, n, h, scale_log2,
+    D: gl.constexpr, layout_acc: gl.constexpr,
+):  # fmt: skip
+    """Let every candidate among the 64 queries see itself: the diagonal, one row-wise product."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_m = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    m_candidate = ((o_m >= h) & (o_m < n))[:, None]
+    rows = o_m.to(gl.int64)[:, None]
+    b_q = gl.load(p_q + rows * stride_ql + o_d, mask=m_candidate, other=0.0).to(gl.float32)
+    b_k = gl.load(p_k + rows * stride_kl + o_d, mask=m_candidate, other=0.0).to(gl.float32)
+    b_s = gl.convert_layout(gl.sum(b_q * b_k, 1), gl.SliceLayout(1, layout_acc))
+
+    o_m = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout_acc))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout_acc))[None, :]
+    m_candidate = (o_m >= h) & (o_m < n)
+    b_v = gl.load(p_v + o_m.to(gl.int64)[:, None] * stride_vl + o_d, mask=m_candidate[:, None], other=0.0)
+    b_s = gl.where(m_candidate, b_s, float("-inf"))
+    b_new_max = gl.maximum(b_max, b_s)
+    b_shift = gl.where(b_new_max == float("-inf"), 0.0, b_new_max) * scale_log2  # rows past the end see nothing
+    b_p = gl.exp2(b_s * scale_log2 - b_shift)
+    b_decay = gl.exp2(b_max * scale_log2 - b_shift)
+    b_acc = b_acc * b_decay[:, None] + b_p[:, None] * b_v.to(gl.float32)
+    return b_acc, b_new_max, b_sum * b_decay + b_p
+
+
+@gluon.jit  # pragma: no cover
+def pin(b_sum):
+    """b_sum, computed before whatever follows in the program.
+
+    ptxas would otherwise do the wait for P V first and the softmax afterwards, one after the other. It can't
+    move the wait across a trap, even if sums of probabilities, being positive, never reach it.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; setp.lt.f32 p, $2, 0f00000000; setp.lt.or.f32 p, $3, 0f00000000, p; "
+        "mov.b32 a, 0; @p st.shared.f32 [a], $2; mov.b32 $0, $2; mov.b32 $1, $3; }",
+        "=f,=f,f,f",
+        [b_sum],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit  # pragma: no cover
+def attend_partition(
+    q_slots, k_slots, v_slots, q_ready, k_ready, k_free, v_ready, v_free,
+    p_q, p_k, p_v, p_out, p_lse, stride_ql, stride_kl, stride_vl, i_m, n, h, num_tiles, scale_log2,
+    H: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    HAS_TARGETS: gl.constexpr, GROUP_INDEX: gl.constexpr,
+):  # fmt: skip
+    """Softmax attention of 64 queries over the tiles in the ring."""
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])  # (64, BN)
+    layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (64, D)
+    layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
+    layout_row: gl.constexpr = gl.SliceLayout(1, layout_s)
+    dtype: gl.constexpr = q_slots.dtype
+
+    i_m = i_m + GROUP_INDEX * GROUP
+    num_own = count_key_tiles(i_m, h, BN, CAUSAL)
+    q_slot = q_slots.index(GROUP_INDEX)
+    slot = 0
+    phase = 0
+    if BN == GROUP:  # noqa: SIM102 (known when compiling, the inner one only when running)
+        if num_own < num_tiles:  # the first tile is one that only the other group sees
+            mbarrier.arrive(k_free.index(0))
+            mbarrier.arrive(v_free.index(0))
+            slot, phase = next_slot(slot, phase, STAGES)
+
+    # The last tile of keys, the only one with a mask.
+    mbarrier.wait(q_ready, 0)
+    mbarrier.wait(k_ready.index(slot), phase)
+    b_none = gl.zeros([GROUP, BN], gl.float32, layout_s)
+    b_s = warpgroup_mma(q_slot, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False)  # (64, BN)
+    mbarrier.arrive(k_free.index(slot))
+    i_n = (num_own - 1) * BN
+    o_n = (i_n + gl.arange(0, BN, gl.SliceLayout(0, layout_s)))[None, :]
+    m_s = o_n < h
+    if CAUSAL:
+        m_s = m_s & (o_n <= (i_m + gl.arange(0, GROUP, layout_row))[:, None])
+    b_s = gl.where(m_s, b_s, float("-inf"))
+    b_max = gl.max(b_s, 1)
+    b_shift = gl.where(b_max == float("-inf"), 0.0, b_max) * scale_log2  # without history nothing is seen
+    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
+    b_sum = gl.sum(b_p, 1)
+    b_p = gl.convert_layout(b_p.to(dtype), layout_p)
+    if i_n + BN > h:
+        mbarrier.wait(v_ready.index(slot), phase)
+        zero_rows_from(v_slots.index(slot), h - i_n, BN, D)
+
+    # Scores of a tile run together with P V of the one before.
+    b_acc = gl.zeros([GROUP, D], gl.float32, layout_acc)
+    for _ in range(1, num_own):
+        v_slot, v_phase = slot, phase
+        slot, phase = next_slot(slot, phase, STAGES)
+        mbarrier.wait(k_ready.index(slot), phase)
+        b_s = warpgroup_mma(q_slot, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(v_slot), v_phase)
+        b_acc = warpgroup_mma(b_p, v_slots.index(v_slot), b_acc, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        mbarrier.arrive(k_free.index(slot))
+        b_new_max = gl.maximum(b_max, gl.max(b_s, 1))
+        b_shift = b_new_max * scale_log2
+        b_decay = gl.exp2(b_max * scale_log2 - b_shift)
+        b_prob = gl.exp2(b_s * scale_log2 - b_shift[:, None])
+        b_sum = b_sum * b_decay + pin(gl.sum(b_prob, 1))
+        b_max = b_new_max
+        b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
+        mbarrier.arrive(v_free.index(v_slot))
+        b_acc = b_acc * gl.convert_layout(b_decay, gl.SliceLayout(1, layout_acc))[:, None]
+        b_p = gl.convert_layout(b_prob.to(dtype), layout_p)
+
+    mbarrier.wait(v_ready.index(slot), phase)
+    b_acc = warpgroup_mma(b_p, v_slots.index(slot), b_acc)
+
+    b_max = gl.convert_layout(b_max, gl.SliceLayout(1, layout_acc))
+    b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, layout_acc))
+    if HAS_TARGETS:  # noqa: SIM102
+        if gl.minimum(i_m + GROUP, n) > h:
+            b_acc, b_max, b_sum = attend_self(
+                b_acc, b_max, b_sum, p_q, p_k, p_v, stride_ql, stride_kl, stride_vl, i_m, n, h, scale_log2,
+                D, layout_acc,
+            )  # fmt: skip
+
+    o_m = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout_acc))
+    gl.store(p_lse + o_m, b_max * scale_log2 + gl.log2(b_sum), mask=o_m < n)
+
+    # By way of shared memory, where the queries were, so that a warp writes whole rows.
+    q_slot.store((b_acc / b_sum[:, None]).to(dtype))
+    layout_out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_m = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout_out))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout_out))
+    p_rows = p_out + o_m.to(gl.int64)[:, None] * (H * D) + o_d[None, :]
+    gl.store(p_rows, q_slot.load(layout_out), mask=(o_m < n)[:, None])
+
+
+# Totals differ in every batch: a kernel specialised on them would be compiled over and over.
+@gluon.jit(do_not_specialize=["L"])  # pragma: no cover
+def hopper_forward_kernel(
+    desc_q,  # (L, H * D), blocks of (64, D)
+    desc_k,  # (L, H_kv * D), blocks of (BN, D)
+    desc_v,
+    p_q,  # (L, H, D)
+    p_k,  # (L, H_kv, D)
+    p_v,
+    p_out,  # (L, H, D), contiguous
+    p_lse,  # (H, L), float32, base 2
+    p_tiles,  # (capacity, 8), int32
+    stride_ql,
+    stride_qh,
+    stride_kl,
+    stride_kh,
+    stride_vl,
+    stride_vh,
+    L,
+    scale_log2,
+    H: gl.constexpr,
+    HEADS_PER_KV: gl.constexpr,
+    D: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_TARGETS: gl.constexpr,
+    GROUP_REGISTERS: gl.constexpr,
+):
+    """One row of the tile list and one head: 128 queries of one user."""
+    pid = gl.program_id(0)
+    i_h = pid % H
+    i_kv = i_h // HEADS_PER_KV
+    p_tile = p_tiles + (pid // H).to(gl.int64) * 8
+    bos = gl.load(p_tile)
+    n = gl.load(p_tile + 1)
+    i_m = gl.load(p_tile + 4) * (2 * GROUP)
+    h = gl.load(p_tile + 5)
+    if n == 0:
+        return
+
+    dtype: gl.constexpr = desc_q.dtype
+    q_slots = gl.allocate_shared_memory(dtype, [2, GROUP, D], desc_q.layout)
+    k_slots = gl.allocate_shared_memory(dtype, [STAGES, BN, D], desc_k.layout)
+    v_slots = gl.allocate_shared_memory(dtype, [STAGES, BN, D], desc_v.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_ready, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()
+
+    num_tiles = count_key_tiles(i_m + GROUP, h, BN, CAUSAL)  # of the second group, which sees no less
+    row = bos.to(gl.int64)
+    p_q += row * stride_ql + i_h * stride_qh
+    p_k += row * stride_kl + i_kv * stride_kh
+    p_v += row * stride_vl + i_kv * stride_vh
+    p_out += (row * H + i_h) * D
+    p_lse += i_h.to(gl.int64) * L + row
+    gl.warp_specialize(
+        [
+            (
+                attend_partition,
+                (
+                    q_slots, k_slots, v_slots, q_ready, k_ready, k_free, v_ready, v_free,
+                    p_q, p_k, p_v, p_out, p_lse, stride_ql, stride_kl, stride_vl, i_m, n, h, num_tiles, scale_log2,
+                    H, D, BN, STAGES, CAUSAL, HAS_TARGETS, 0,
+                ),
+            ),
+            (
+                attend_partition,
+                (
+                    q_slots, k_slots, v_slots, q_ready, k_ready, k_free, v_ready, v_free,
+                    p_q, p_k, p_v, p_out, p_lse, stride_ql, stride_kl, stride_vl, i_m, n, h, num_tiles, scale_log2,
+                    H, D, BN, STAGES, CAUSAL, HAS_TARGETS, 1,
+                ),
+            ),
+            (
+                load_partition,
+                (
+                    desc_q, desc_k, desc_v, q_slots, k_slots, v_slots, q_ready, k_ready, k_free, v_ready, v_free,
+                    bos + i_m, bos, i_h * stride_qh, i_kv * stride_kh, i_kv * stride_vh, num_tiles, BN, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [GROUP_REGISTERS, 24],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Keys of a tile, slots of the ring, registers per thread: when the kernel starts, and of the two groups.
+
+    12 warps share what the kernel starts with: two groups of 4 compute, 1 loads with 24 registers, 3 idle.
+    """
+
+    block_n: int
+    num_stages: int
+    registers: int = 168
+    group_registers: int = 240
+
+
+# Head dim -> configurations worth a try on another GPU, the best first.
+CONFIGS: dict[int, tuple[HopperConfig, ...]] = {
+    64: (
+        HopperConfig(block_n=128, num_stages=2),
+        HopperConfig(block_n=128, num_stages=4),
+        HopperConfig(block_n=64, num_stages=4),
+    ),
+    128: (
+        HopperConfig(block_n=128, num_stages=2),
+        HopperConfig(block_n=128, num_stages=3),
+        HopperConfig(block_n=64, num_stages=4),
+    ),
+}
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, dropout_p: float, scale: float) -> bool:
+    """Whether `launch_hopper_forward` can do this call.
+
+    It takes CUDA tensors on compute capability 9.x, head dim 64 or 128, bfloat16 or float16, no window, no
+    dropout, a positive scale, and what TMA asks for: addresses and strides that are multiples of 16 bytes.
+    """
+    if INTERPRETED or not q.is_cuda or _compute_capability(q.device)[0] != 9:
+        return False
+    if q.shape[-1] not in CONFIGS or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if window is not None or dropout_p > 0.0 or scale <= 0.0:
+        return False
+    return all(_fits_tma(x) for x in (q, k, v))
+
+
+@functools.cache
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _fits_tma(x: Tensor) -> bool:
+    """Whether `(L, H, D)` can be read as a matrix of L rows, 16 bytes at a time."""
+    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of `rows` tokens of one head of `(L, H, D)`, taken as a matrix; head i starts at column i * stride(1)."""
+    num_heads, head_dim = x.shape[1:]
+    shape = [x.shape[0], (num_heads - 1) * x.stride(1) + head_dim]
+    layout = gl.NVMMASharedLayout.get_default_for([rows, head_dim], GLUON_DTYPES[x.dtype])
+    return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, head_dim], layout)
+
+
+def launch_hopper_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    has_targets: bool,
+    scale: float,
+    config: HopperConfig | None = None,
+) -> None:
+    """Self attention of every user in the tile list, into `out` and `lse`.
+
+    Args:
+        q: `(L, H, D)`, see `supports`.
+        k: `(L, H_kv, D)`, H a multiple of H_kv; query head i attends to head i // (H / H_kv).
+        v: like k.
+        tiles: `(capacity, 8)` int32, the tile list of the queries for blocks of `BLOCK` rows.
+        out: `(L, H, D)`, contiguous, in q's dtype.
+        lse: `(H, L)` float32, contiguous: base-2 log-sum-exp of the scaled scores.
+        causal: history tokens see no later token.
+        has_targets: the tile list may name fewer history tokens than tokens; the rest are candidates.
+        scale: of the scores, positive.
+        config: by default the first of `CONFIGS`.
+    """
+    L, H, D = q.shape
+    config = CONFIGS[D][0] if config is None else config
+    num_programs = tiles.shape[0] * H
+    if num_programs == 0:
+        return
+    with launch_on(q.device):
+        hopper_forward_kernel[(num_programs,)](
+            _descriptor(q, BLOCK // 2), _descriptor(k, config.block_n), _descriptor(v, config.block_n),
+            q, k, v, out, lse, tiles,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), L, scale * LOG2_E,
+            H=H, HEADS_PER_KV=H // k.shape[1], D=D, BN=config.block_n, STAGES=config.num_stages,
+            CAUSAL=causal, HAS_TARGETS=has_targets, GROUP_REGISTERS=config.group_registers,
+            num_warps=4, maxnreg=config.registers,
+        )  # fmt: skip
