@@ -21,6 +21,7 @@ tiles.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +33,7 @@ from kernels.jagged_flash_attention.launch import INTERPRETED, launch_on, requir
 COLUMNS = 8
 MIN_BLOCK = 16
 MAX_ROWS = 2**31 - 1  # a list holds int32
+MAX_INT32_SUM = 2**31 - 1
 # Programs per list: every one reads all offsets, so more of them cost bandwidth, and the interpreter runs them in turn.
 TARGET_GROUPS = 3 if INTERPRETED else 64
 MAX_USERS_PER_GROUP = 128
@@ -87,7 +89,7 @@ def jagged_tile_lists_kernel(
     KEYS_ARE_OTHER: tl.constexpr,
     USERS: tl.constexpr,
     CLASSES: tl.constexpr,
-    STEPS: tl.constexpr,  # of CLASSES classes, that cover the longest user; mostly 1, and then there is no loop
+    STEPS: tl.constexpr,  # of CLASSES classes, that cover the longest user; mostly 1, and then no loop is left
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,  # B <= CHUNK
     ZEROS: tl.constexpr,
@@ -140,7 +142,15 @@ def jagged_tile_lists_kernel(
     num_longer = tl.zeros([], dtype=SUM)  # users of the classes above
     num_tiles = tl.zeros([], dtype=SUM)  # their tiles
     place = tl.zeros([USERS], dtype=SUM)
-    for i_step in range(0, STEPS):  # the highest classes first
+    first_step = 0
+    if STEPS > 1:  # max_seqlen may be far above the longest user: begin where the first users are
+        highest = tl.max(b_chunk, 0)
+        if not ONE_CHUNK:
+            for i_chunk in range(CHUNK, B, CHUNK):
+                b_more = load_last_tiles(p_offsets, i_chunk, B, total, max_seqlen, shift, CHUNK)
+                highest = tl.maximum(highest, tl.max(b_more, 0))
+        first_step = STEPS - 1 - tl.maximum(highest, 0) // CLASSES
+    for i_step in range(first_step, STEPS):  # the highest classes first
         first_class = (STEPS - 1 - i_step) * CLASSES
         o_class = first_class + tl.arange(0, CLASSES)
         counts = count_classes(b_chunk, o_chunk < first_user, first_class, CLASSES)
@@ -204,6 +214,9 @@ def tile_lists_op(
         by_tile: whether the work of a tile depends on its index rather than on its user's length.
         keys_are_other: cross attention, and the tiles are of queries.
     """
+    # Here and not in Schedule, because under torch.export that would bound a dynamic total.
+    if max(total, other_total) > MAX_ROWS:
+        raise ValueError(f"a batch may have at most {MAX_ROWS} rows; got {max(total, other_total)}")
     require_triton(offsets.device)
     num_users = offsets.shape[0] - 1
     capacities = [tile_capacity(total, num_users, block) for block in blocks]
@@ -212,18 +225,14 @@ def tile_lists_op(
         return lists
     if num_users == 0:
         return lists.zero_()
-    max_seqlen = min(max_seqlen, total)
-    num_classes = triton.next_power_of_2(max(1, triton.cdiv(max_seqlen, min(blocks))))  # of 2: to compile rarely
-    users = triton.next_power_of_2(triton.cdiv(num_users, TARGET_GROUPS))
-    users = min(max(users, 2), MAX_USERS_PER_GROUP)
-    classes = min(num_classes, MAX_TILES_PER_STEP // users)
-    chunk = min(max(triton.next_power_of_2(num_users), MIN_CHUNK), MAX_CHUNK)
-    num_warps = 4 if chunk <= 1024 else 8
+    max_seqlen, other_max_seqlen = min(max_seqlen, total), min(other_max_seqlen, other_total)
+    shape = _program_shape(num_users, triton.cdiv(max_seqlen, min(blocks)))
+    grid = (triton.cdiv(num_users, shape["USERS"]), len(blocks))
     offsets = offsets.contiguous()
     other = offsets if other_offsets is None else other_offsets.contiguous()
     targets = offsets if num_targets is None else num_targets.contiguous()
     with launch_on(offsets.device):
-        jagged_tile_lists_kernel[(triton.cdiv(num_users, users), len(blocks))](
+        jagged_tile_lists_kernel[grid](
             lists,
             offsets,
             other,
@@ -239,16 +248,29 @@ def tile_lists_op(
             HAS_OTHER=other_offsets is not None,
             HAS_TARGETS=num_targets is not None,
             KEYS_ARE_OTHER=keys_are_other,
-            USERS=users,
-            CLASSES=classes,
-            STEPS=num_classes // classes,
-            CHUNK=chunk,
-            ONE_CHUNK=num_users <= chunk,
-            ZEROS=16 * num_warps,
-            SUM=tl.int64 if num_users * num_classes > MAX_ROWS else tl.int32,
-            num_warps=num_warps,
+            **shape,
         )
     return lists
+
+
+def _program_shape(num_users: int, most_tiles: int) -> dict[str, Any]:
+    """What a program does at once, in powers of two, so that batches of other sizes seldom compile another kernel."""
+    num_classes = triton.next_power_of_2(max(1, most_tiles))
+    users = triton.next_power_of_2(triton.cdiv(num_users, TARGET_GROUPS))
+    users = min(max(users, 2), MAX_USERS_PER_GROUP)
+    classes = min(num_classes, MAX_TILES_PER_STEP // users)
+    chunk = min(max(triton.next_power_of_2(num_users), MIN_CHUNK), MAX_CHUNK)
+    num_warps = 4 if chunk <= 1024 else 8
+    return {
+        "USERS": users,
+        "CLASSES": classes,
+        "STEPS": num_classes // classes,
+        "CHUNK": chunk,
+        "ONE_CHUNK": num_users <= chunk,
+        "ZEROS": 16 * num_warps,
+        "SUM": tl.int64 if num_users * num_classes > MAX_INT32_SUM else tl.int32,
+        "num_warps": num_warps,
+    }
 
 
 @tile_lists_op.register_fake
@@ -288,7 +310,8 @@ class Schedule:
 
     Raises:
         ValueError: on shapes, dtypes, devices or numbers that don't fit. The values of the tensors are not looked at;
-            wrong ones give wrong lists, but none that points outside 0 ... total or past max_seqlen.
+            wrong ones give wrong lists, but none that points outside 0 ... total or past max_seqlen. A total past
+            2^31 is refused when lists are asked for.
         RuntimeError: when lists are asked for and the tensors are not on CUDA and Triton isn't interpreting.
     """
 
@@ -372,10 +395,10 @@ class Schedule:
 def _check_side(name: str, offsets: Tensor, total_name: str, total: int, max_seqlen_name: str, max_seqlen: int) -> None:
     if offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(f"{name} must have shape (users + 1,), got {tuple(offsets.shape)}")
-    if not 0 <= total <= MAX_ROWS:
-        raise ValueError(f"{total_name} must be from 0 to {MAX_ROWS}, got {total}")
-    if not 0 <= max_seqlen <= MAX_ROWS:
-        raise ValueError(f"{max_seqlen_name} must be from 0 to {MAX_ROWS}, got {max_seqlen}")
+    if total < 0:
+        raise ValueError(f"{total_name} must be at least 0, got {total}")
+    if max_seqlen < 0:
+        raise ValueError(f"{max_seqlen_name} must be at least 0, got {max_seqlen}")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {offsets.dtype}")
 
