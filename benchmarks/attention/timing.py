@@ -112,6 +112,7 @@ def _graph_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, replays
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set up their workspaces per stream, which a capture forbids
+            inputs = [_fresh_leaves(one) for one in inputs]
             run_once(attention, inputs[0], mode)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -124,6 +125,16 @@ def _graph_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, replays
         return None
     graph.replay()
     return _between_events(graph.replay, replays) / CALLS_PER_REPLAY
+
+
+def _fresh_leaves(inputs: Inputs) -> Inputs:
+    """The same memory as new leaves of autograd.
+
+    A leaf's node belongs to the stream on which it was first used, and lives on if a provider's graph has a cycle;
+    gradients would then go to that stream in the middle of a capture.
+    """
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    return Inputs(q, k, v, inputs.dout)
 
 
 def _queued_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int, calls: int) -> float:
