@@ -1,15 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Backward: three kernels without atomics, so that the same input always gives the same bits.
+"""Backward: two kernels without atomics, so that the same input always gives the same bits.
 
 With p = exp2(s - lse), the probabilities recomputed from the forward's log-sum-exp, and g the gradient
 of out:
 
-    delta_i = sum_d g_id out_id                      one program per tile of tokens
-    dv_j    = sum_i p_ij g_i                         one program per tile of keys, over the queries
-    dk_j    = scale · sum_i p_ij (g_i·v_j - delta_i) q_i     that see it
-    dq_i    = scale · sum_j p_ij (g_i·v_j - delta_i) k_j     one program per tile of queries
+    delta_i = sum_d g_id out_id
+    dq_i    = scale · sum_j p_ij (g_i·v_j - delta_i) k_j     one program per tile of queries, over the keys they see
+    dv_j    = sum_i p_ij g_i                                 one program per tile of keys, over the queries that
+    dk_j    = scale · sum_i p_ij (g_i·v_j - delta_i) q_i     see it
 
-(Dao, FlashAttention-2, 2023, algorithm 2.) Names: see tiles.py.
+(Dao, FlashAttention-2, 2023, algorithm 2.) The kernel of dq comes first and leaves delta for the other. Names: see tiles.py.
 """
 
 from __future__ import annotations
@@ -20,40 +20,35 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jagged_flash_attention.forward import LOG2_E
-from kernels.jagged_flash_attention.launch import LaunchShape, checked_grid, launch_on
+from kernels.jagged_flash_attention.launch import Call, descriptors, grid_of, launch_on
 from kernels.jagged_flash_attention.tiles import (
+    is_kept,
     is_visible,
     key_range,
+    load_entry,
     load_rowwise,
     load_tile,
-    load_user,
     query_range,
+    sees_key,
     store_tile,
+    visible_keys,
 )
-from kernels.jagged_flash_attention.tuning import choose_tiles
+from kernels.jagged_flash_attention.tuning import Tile
 
 
-@triton.jit(do_not_specialize=["L"])  # pragma: no cover
-def delta_kernel(
-    p_out,  # (L, H, D), contiguous
-    p_dout,  # (L, H, D)
-    p_delta,  # (H, L), float32
-    stride_gl,
-    stride_gh,
-    L,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
+@triton.jit  # pragma: no cover
+def self_gradient(
+    b_q, b_k, b_v, b_dout, b_lse, b_delta, scale_log2, seed, o_row, i_h, o_n, drop_below, keep_scale, DROPOUT: tl.constexpr
 ):
-    """delta_i = sum_d dout_id out_id for BM tokens of one head, whoever they belong to."""
-    pid = tl.program_id(0)
-    i_l = (pid // H).to(tl.int64) * BM
-    i_h = (pid % H).to(tl.int64)
-    b_out = load_tile(p_out + i_h * D, i_l, L, H * D, D, BM, BD, True).to(tl.float32)
-    b_dout = load_tile(p_dout + i_h * stride_gh, i_l, L, stride_gl, D, BM, BD, True).to(tl.float32)
-    o_l = i_l + tl.arange(0, BM)
-    tl.store(p_delta + i_h * L + o_l, tl.sum(b_out * b_dout, 1), mask=o_l < L)
+    """Of tokens that see themselves, row by row: probability that dv takes, gradient of the score; both (BLOCK,)."""
+    b_p = tl.exp2(tl.sum(b_q * b_k, 1) * scale_log2 - b_lse)
+    b_dp = tl.sum(b_dout * b_v, 1)
+    b_dropped = b_p
+    if DROPOUT:
+        b_keep = tl.where(is_kept(seed, o_row, i_h, o_n, drop_below), keep_scale, 0.0)
+        b_dropped = b_p * b_keep
+        b_dp = b_dp * b_keep
+    return b_dropped, b_p * (b_dp - b_delta)
 
 
 @triton.jit  # pragma: no cover
@@ -64,6 +59,8 @@ def accumulate_dkv(
     b_v,
     p_q,
     p_dout,
+    desc_q,
+    desc_dout,
     p_lse,
     p_delta,
     stride_ql,
@@ -71,10 +68,18 @@ def accumulate_dkv(
     i_n,
     lo,
     hi,
+    q_row,
+    column_q,
+    column_g,
     num_queries,
     h,
     window,
+    scale,
     scale_log2,
+    seed,
+    i_h,
+    drop_below,
+    keep_scale,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -82,50 +87,57 @@ def accumulate_dkv(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     EDGE: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """Add what queries lo ... hi give to this tile of history keys; those past num_queries count for nothing.
 
     Works on the transposed scores (BN, BM): probabilities are then the left operand of both products.
     """
+    o_n = i_n + tl.arange(0, BN)[:, None]
     for i_m in tl.range(lo, hi, BM):
-        b_q = load_tile(p_q, i_m, num_queries, stride_ql, D, BM, BD, EDGE)
-        b_dout = load_tile(p_dout, i_m, num_queries, stride_gl, D, BM, BD, EDGE)
+        if TMA and not EDGE:
+            b_q = desc_q.load([q_row + i_m, column_q])
+            b_dout = desc_dout.load([q_row + i_m, column_g])
+        else:
+            b_q = load_tile(p_q, i_m, num_queries, stride_ql, D, BM, BD, EDGE)
+            b_dout = load_tile(p_dout, i_m, num_queries, stride_gl, D, BM, BD, EDGE)
         b_lse = load_rowwise(p_lse, i_m, num_queries, float("inf"), BM, EDGE)  # inf: a probability of zero
         b_delta = load_rowwise(p_delta, i_m, num_queries, 0.0, BM, EDGE)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2  # (BN, BM)
-        b_p = tl.exp2(b_s - b_lse[None, :])
-        if EDGE:
-            o_m = (i_m + tl.arange(0, BM))[None, :]
-            o_n = (i_n + tl.arange(0, BN))[:, None]
-            m_s = is_visible(o_m, o_n, h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-            b_p = tl.where(m_s, b_p, 0.0)
-        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[None, :])
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # (BN, BM), not scaled
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+        o_query = tl.arange(0, BM)[None, :]
+        if MASK:
+            b_p = tl.where(sees_key(o_query, i_m, o_n, h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS), b_p, 0.0)
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+        b_dropped = b_p
+        if DROPOUT:
+            b_keep = tl.where(is_kept(seed, q_row + i_m + o_query, i_h, o_n, drop_below), keep_scale, 0.0)
+            b_dropped = b_p * b_keep
+            b_dp = b_dp * b_keep
+        b_dv = tl.dot(b_dropped.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
-@triton.jit  # pragma: no cover
-def self_gradient(b_q, b_k, b_v, b_dout, b_lse, b_delta, scale_log2):
-    """Probability and score gradient of tokens that see themselves, row by row: both (BLOCK,)."""
-    b_p = tl.exp2(tl.sum(b_q * b_k, 1) * scale_log2 - b_lse)
-    return b_p, b_p * (tl.sum(b_dout * b_v, 1) - b_delta)
-
-
-@triton.jit(do_not_specialize=["L", "max_seqlen", "num_tiles", "window"])  # pragma: no cover
+@triton.jit(do_not_specialize=["L", "window", "drop_below", "keep_scale"])  # pragma: no cover
 def dkv_kernel(
     p_q,  # (L, H, D)
-    p_k,
+    p_k,  # (keys, H // G, D)
     p_v,
-    p_dout,
+    p_dout,  # (L, H, D)
+    desc_q,  # of q as (L, H * D), read only with TMA
+    desc_dout,
     p_lse,  # (H, L), float32, base 2
     p_delta,  # (H, L), float32
-    p_dk,  # (L, H, D), contiguous
+    p_dk,  # (keys, H // G, D), contiguous
     p_dv,
-    p_offsets,  # (B + 1,)
-    p_num_targets,  # (B,), not read unless HAS_TARGETS
+    p_tiles,  # (entries, 8), tiles of BN keys
+    p_seed,
     stride_ql,
     stride_qh,
     stride_kl,
@@ -135,12 +147,13 @@ def dkv_kernel(
     stride_gl,
     stride_gh,
     L,
-    max_seqlen,
-    num_tiles,
     window,
     scale,
     scale_log2,
+    drop_below,
+    keep_scale,
     H: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -148,70 +161,83 @@ def dkv_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """dk and dv of one tile of BN keys of one user and head."""
+    """dk and dv of one tile of BN keys of one user and key head."""
     pid = tl.program_id(0)
-    i_n = (pid % num_tiles) * BN  # the first tile first: under a causal mask the most queries see it
-    i_b = pid // num_tiles // H
-    i_h = (pid // num_tiles % H).to(tl.int64)
-
-    bos, n, h = load_user(p_offsets, p_num_targets, i_b, L, max_seqlen, HAS_TARGETS)
-    if i_n >= n:
+    i_kh = pid % (H // G)
+    k_start, num_keys, q_start, n, i_tile, h = load_entry(p_tiles, pid // (H // G))
+    if num_keys == 0:
         return
-    p_q += bos * stride_ql + i_h * stride_qh
-    p_k += bos * stride_kl + i_h * stride_kh
-    p_v += bos * stride_vl + i_h * stride_vh
-    p_dout += bos * stride_gl + i_h * stride_gh
-    p_dk += (bos * H + i_h) * D
-    p_dv += (bos * H + i_h) * D
-    p_lse += i_h * L + bos
-    p_delta += i_h * L + bos
+    i_n = i_tile * BN
+    p_k += k_start * stride_kl + i_kh.to(tl.int64) * stride_kh
+    p_v += k_start * stride_vl + i_kh.to(tl.int64) * stride_vh
+    row_kv = (k_start * (H // G) + i_kh) * D
+    q_row = q_start.to(tl.int32)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(p_seed)
 
     b_k = load_tile(p_k, i_n, h, stride_kl, D, BN, BD, True)
     b_v = load_tile(p_v, i_n, h, stride_vl, D, BN, BD, True)
     b_dk = tl.zeros([BN, BD], dtype=tl.float32)
     b_dv = tl.zeros([BN, BD], dtype=tl.float32)
 
-    num_queries = n
-    if HAS_WINDOW:  # candidates, which know no window, have their own loop
-        num_queries = h
-    lo, full_lo, full_hi, hi = query_range(i_n, num_queries, h, window, BM, BN, CAUSAL, HAS_WINDOW)
-    if CAUSAL or HAS_WINDOW:
-        b_dk, b_dv = accumulate_dkv(
-            b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_gl, i_n, lo, full_lo,
-            num_queries, h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, True,
-        )  # fmt: skip
-    b_dk, b_dv = accumulate_dkv(
-        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_gl, i_n, full_lo, full_hi,
-        num_queries, h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, False,
-    )  # fmt: skip
-    b_dk, b_dv = accumulate_dkv(
-        b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_gl, i_n, full_hi, hi,
-        num_queries, h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, True,
-    )  # fmt: skip
-    if HAS_WINDOW and HAS_TARGETS:
-        b_dk, b_dv = accumulate_dkv(
-            b_dk, b_dv, b_k, b_v, p_q, p_dout, p_lse, p_delta, stride_ql, stride_gl, i_n, h,
-            tl.where(i_n < h, n, h), n, h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS,
-            True,
-        )  # fmt: skip
+    for i_g in range(G):
+        i_h = i_kh * G + i_g
+        p_head_q = p_q + q_start * stride_ql + i_h.to(tl.int64) * stride_qh
+        p_head_dout = p_dout + q_start * stride_gl + i_h.to(tl.int64) * stride_gh
+        p_head_lse = p_lse + i_h.to(tl.int64) * L + q_start
+        p_head_delta = p_delta + i_h.to(tl.int64) * L + q_start
+        num_queries = n
+        if HAS_WINDOW:  # candidates, which know no window, have their own loop
+            num_queries = h
+        lo, full_lo, full_hi, hi = query_range(i_n, num_queries, h, window, BM, BN, CAUSAL, HAS_WINDOW)
+        for part in tl.static_range(0 if CAUSAL or HAS_WINDOW else 1, 4 if HAS_WINDOW and HAS_TARGETS else 3):
+            begin, end = lo, full_lo
+            if part == 1:  # the only one not masked
+                begin, end = full_lo, full_hi
+            elif part == 2:
+                begin, end = full_hi, hi
+            elif part == 3:  # candidates
+                begin, end = h, tl.where(i_n < h, n, h)
+                num_queries = n
+            b_dk, b_dv = accumulate_dkv(
+                b_dk, b_dv, b_k, b_v, p_head_q, p_head_dout, desc_q, desc_dout,
+                p_head_lse, p_head_delta, stride_ql, stride_gl, i_n, begin, end, q_row, i_h * D, i_h * D,
+                num_queries, h, window, scale, scale_log2, seed, i_h, drop_below, keep_scale,
+                D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA, part != 1, HAS_WINDOW or part == 0,
+            )  # fmt: skip
 
     if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
         # A candidate key is seen by itself alone; what the loops gave its row is discarded.
         if i_n + BN > h:
-            b_q = load_tile(p_q, i_n, n, stride_ql, D, BN, BD, True).to(tl.float32)
+            o_n = i_n + tl.arange(0, BN)
+            m_candidate = (o_n >= h)[:, None]
+            b_dk = tl.where(m_candidate, 0.0, b_dk)
+            b_dv = tl.where(m_candidate, 0.0, b_dv)
             b_own_k = load_tile(p_k, i_n, n, stride_kl, D, BN, BD, True).to(tl.float32)
             b_own_v = load_tile(p_v, i_n, n, stride_vl, D, BN, BD, True).to(tl.float32)
-            b_dout = load_tile(p_dout, i_n, n, stride_gl, D, BN, BD, True).to(tl.float32)
-            b_lse = load_rowwise(p_lse, i_n, n, float("inf"), BN, True)
-            b_delta = load_rowwise(p_delta, i_n, n, 0.0, BN, True)
-            b_p, b_ds = self_gradient(b_q, b_own_k, b_own_v, b_dout, b_lse, b_delta, scale_log2)
-            m_candidate = (i_n + tl.arange(0, BN) >= h)[:, None]
-            b_dk = tl.where(m_candidate, b_ds[:, None] * b_q, b_dk)
-            b_dv = tl.where(m_candidate, b_p[:, None] * b_dout, b_dv)
+            for i_g in range(G):
+                i_h = i_kh * G + i_g
+                p_head_q = p_q + q_start * stride_ql + i_h.to(tl.int64) * stride_qh
+                p_head_dout = p_dout + q_start * stride_gl + i_h.to(tl.int64) * stride_gh
+                b_q = load_tile(p_head_q, i_n, n, stride_ql, D, BN, BD, True).to(tl.float32)
+                b_dout = load_tile(p_head_dout, i_n, n, stride_gl, D, BN, BD, True).to(tl.float32)
+                row_h = i_h.to(tl.int64) * L + q_start
+                b_lse = load_rowwise(p_lse + row_h, i_n, n, float("inf"), BN, True)
+                b_delta = load_rowwise(p_delta + row_h, i_n, n, 0.0, BN, True)
+                b_p, b_ds = self_gradient(
+                    b_q, b_own_k, b_own_v, b_dout, b_lse, b_delta, scale_log2,
+                    seed, q_row + o_n, i_h, o_n, drop_below, keep_scale, DROPOUT,
+                )  # fmt: skip
+                b_dk += tl.where(m_candidate, b_ds[:, None] * b_q, 0.0)
+                b_dv += tl.where(m_candidate, b_p[:, None] * b_dout, 0.0)
 
-    store_tile(p_dk, b_dk * scale, i_n, n, H * D, D, BN, BD)
-    store_tile(p_dv, b_dv, i_n, n, H * D, D, BN, BD)
+    store_tile(p_dk + row_kv, b_dk * scale, i_n, num_keys, H // G * D, D, BN, BD)
+    store_tile(p_dv + row_kv, b_dv, i_n, num_keys, H // G * D, D, BN, BD)
 
 
 @triton.jit  # pragma: no cover
@@ -223,14 +249,23 @@ def accumulate_dq(
     b_delta,
     p_k,
     p_v,
+    desc_k,
+    desc_v,
     stride_kl,
     stride_vl,
     i_m,
     lo,
     hi,
+    k_row,
+    column_k,
     h,
     window,
     scale_log2,
+    seed,
+    i_row,
+    i_h,
+    drop_below,
+    keep_scale,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -238,36 +273,48 @@ def accumulate_dq(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add what history keys lo ... hi give to this tile of queries."""
+    first, end = visible_keys((i_m + tl.arange(0, BM))[:, None], h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     for i_n in tl.range(lo, hi, BN):
-        b_k = load_tile(p_k, i_n, h, stride_kl, D, BN, BD, EDGE)
-        b_v = load_tile(p_v, i_n, h, stride_vl, D, BN, BD, EDGE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # (BM, BN)
-        b_p = tl.exp2(b_s - b_lse[:, None])
+        if TMA and not EDGE:
+            b_k = desc_k.load([k_row + i_n, column_k])
+            b_v = desc_v.load([k_row + i_n, column_k])
+        else:
+            b_k = load_tile(p_k, i_n, h, stride_kl, D, BN, BD, EDGE)
+            b_v = load_tile(p_v, i_n, h, stride_vl, D, BN, BD, EDGE)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BM, BN), not scaled
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+        o_key = tl.arange(0, BN)[None, :]
         if EDGE:
-            o_m = (i_m + tl.arange(0, BM))[:, None]
-            o_n = (i_n + tl.arange(0, BN))[None, :]
-            m_s = is_visible(o_m, o_n, h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-            b_p = tl.where(m_s, b_p, 0.0)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+            b_p = tl.where(is_visible(o_key, i_n, first, end, HAS_WINDOW), b_p, 0.0)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+        if DROPOUT:
+            o_row = i_row + tl.arange(0, BM)[:, None]
+            b_dp = tl.where(is_kept(seed, o_row, i_h, i_n + o_key, drop_below), b_dp * keep_scale, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
 
-@triton.jit(do_not_specialize=["L", "max_seqlen", "num_tiles", "window"])  # pragma: no cover
+@triton.jit(do_not_specialize=["L", "window", "drop_below", "keep_scale"])  # pragma: no cover
 def dq_kernel(
     p_q,  # (L, H, D)
-    p_k,
+    p_k,  # (keys, H // G, D)
     p_v,
-    p_dout,
+    p_dout,  # (L, H, D)
+    p_out,  # (L, H, D), contiguous
+    desc_k,  # of k as (keys, H // G * D), read only with TMA
+    desc_v,
     p_lse,  # (H, L), float32, base 2
-    p_delta,  # (H, L), float32
+    p_delta,  # (H, L), float32, written
     p_dq,  # (L, H, D), contiguous
-    p_offsets,  # (B + 1,)
-    p_num_targets,  # (B,), not read unless HAS_TARGETS
+    p_tiles,  # (entries, 8), tiles of BM queries
+    p_seed,
     stride_ql,
     stride_qh,
     stride_kl,
@@ -277,12 +324,13 @@ def dq_kernel(
     stride_gl,
     stride_gh,
     L,
-    max_seqlen,
-    num_tiles,
     window,
     scale,
     scale_log2,
+    drop_below,
+    keep_scale,
     H: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -290,55 +338,62 @@ def dq_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """dq of one tile of BM queries of one user and head: the same walk over the keys as the forward."""
+    """dq and delta of one tile of BM queries of one user and head: the same walk over the keys as the forward."""
     pid = tl.program_id(0)
-    i_m = (num_tiles - 1 - pid % num_tiles) * BM
-    i_b = pid // num_tiles // H
-    i_h = (pid // num_tiles % H).to(tl.int64)
-
-    bos, n, h = load_user(p_offsets, p_num_targets, i_b, L, max_seqlen, HAS_TARGETS)
-    if i_m >= n:
+    i_h = pid % H
+    q_start, n, k_start, num_keys, i_tile, h = load_entry(p_tiles, pid // H)
+    if n == 0:
         return
-    p_q += bos * stride_ql + i_h * stride_qh
-    p_k += bos * stride_kl + i_h * stride_kh
-    p_v += bos * stride_vl + i_h * stride_vh
-    p_dout += bos * stride_gl + i_h * stride_gh
-    p_dq += (bos * H + i_h) * D
-    p_lse += i_h * L + bos
-    p_delta += i_h * L + bos
+    i_m = i_tile * BM
+    p_q += q_start * stride_ql + i_h.to(tl.int64) * stride_qh
+    p_k += k_start * stride_kl + (i_h // G).to(tl.int64) * stride_kh
+    p_v += k_start * stride_vl + (i_h // G).to(tl.int64) * stride_vh
+    p_dout += q_start * stride_gl + i_h.to(tl.int64) * stride_gh
+    row_q = (q_start * H + i_h) * D
+    row_h = i_h.to(tl.int64) * L + q_start
+    i_row = q_start + i_m
+    k_row = k_start.to(tl.int32)
+    column_k = i_h // G * D
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(p_seed)
 
     b_q = load_tile(p_q, i_m, n, stride_ql, D, BM, BD, True)
     b_dout = load_tile(p_dout, i_m, n, stride_gl, D, BM, BD, True)
-    b_lse = load_rowwise(p_lse, i_m, n, float("inf"), BM, True)  # inf: a probability of zero
-    b_delta = load_rowwise(p_delta, i_m, n, 0.0, BM, True)
+    b_out = load_tile(p_out + row_q, i_m, n, H * D, D, BM, BD, True)
+    b_lse = load_rowwise(p_lse + row_h, i_m, n, float("inf"), BM, True)  # inf: a probability of zero
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    o_m = i_m + tl.arange(0, BM)
+    tl.store(p_delta + row_h + o_m, b_delta, mask=o_m < n)
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
 
-    lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW)
-    if HAS_WINDOW:
+    lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    for part in tl.static_range(0 if HAS_WINDOW else 1, 3):  # masked, not masked, masked
+        begin, end = lo, full_lo
+        if part == 1:
+            begin, end = full_lo, full_hi
+        elif part == 2:
+            begin, end = full_hi, hi
         b_dq = accumulate_dq(
-            b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, stride_kl, stride_vl, i_m, lo, full_lo,
-            h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, True,
+            b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, desc_k, desc_v, stride_kl, stride_vl, i_m, begin, end,
+            k_row, column_k, h, window, scale_log2, seed, i_row, i_h, drop_below, keep_scale,
+            D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA, part != 1,
         )  # fmt: skip
-    b_dq = accumulate_dq(
-        b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, stride_kl, stride_vl, i_m, full_lo, full_hi,
-        h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, False,
-    )  # fmt: skip
-    b_dq = accumulate_dq(
-        b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, stride_kl, stride_vl, i_m, full_hi, hi,
-        h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, True,
-    )  # fmt: skip
     if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
         if i_m + BM > h:
             b_own_k = load_tile(p_k, i_m, n, stride_kl, D, BM, BD, True).to(tl.float32)
             b_own_v = load_tile(p_v, i_m, n, stride_vl, D, BM, BD, True).to(tl.float32)
             _, b_ds = self_gradient(
-                b_q.to(tl.float32), b_own_k, b_own_v, b_dout.to(tl.float32), b_lse, b_delta, scale_log2
-            )
-            m_candidate = i_m + tl.arange(0, BM) >= h
-            b_dq += tl.where(m_candidate, b_ds, 0.0)[:, None] * b_own_k
+                b_q.to(tl.float32), b_own_k, b_own_v, b_dout.to(tl.float32), b_lse, b_delta, scale_log2,
+                seed, i_row + tl.arange(0, BM), i_h, o_m, drop_below, keep_scale, DROPOUT,
+            )  # fmt: skip
+            b_dq += tl.where(o_m >= h, b_ds, 0.0)[:, None] * b_own_k
 
-    store_tile(p_dq, b_dq * scale, i_m, n, H * D, D, BM, BD)
+    store_tile(p_dq + row_q, b_dq * scale, i_m, n, H * D, D, BM, BD)
 
 
 def launch_backward(
@@ -348,40 +403,46 @@ def launch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    offsets: Tensor,
-    num_targets: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    call: Call,
+    dq_tile: Tile,
+    dkv_tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous `(L, H, D)`; `out` and `lse` as the forward gave them."""
-    L, H, D = q.shape
-    dq, dk, dv = (torch.empty((L, H, D), dtype=q.dtype, device=q.device) for _ in range(3))
-    delta = torch.empty_like(lse)
-    tiles = choose_tiles(D, q.dtype, q.device)
-    shape = LaunchShape(num_users=offsets.shape[0] - 1, num_heads=H, max_seqlen=max_seqlen)
-    block_d = triton.next_power_of_2(D)
-    if L == 0:
-        return dq, dk, dv
+    """Gradients of q, k and v, contiguous and in their shapes; `out` and `lse` as the forward gave them.
 
-    inputs = (q, k, v, dout, lse, delta)
-    bounds = (offsets, offsets if num_targets is None else num_targets)
+    Args:
+        dout: `(L, H, D)`, contiguous in the last dimension; q, k, v as for the forward.
+        query_tiles, key_tiles: `(entries, 8)`, of `dq_tile.block_m` queries and of `dkv_tile.block_n` keys.
+        call: as for the forward.
+        dq_tile, dkv_tile: how to compute it.
+    """
+    L, H, D = q.shape
+    Hk = k.shape[1]
+    dq = torch.empty((L, H, D), dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty((k.shape[0], Hk, D), dtype=q.dtype, device=q.device) for _ in range(2))
+    delta = torch.empty_like(lse)
+
+    block_d = triton.next_power_of_2(D)
+    seed = query_tiles if call.seed is None else call.seed
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
+    scales = (call.scale, call.scale * LOG2_E, call.drop_below, call.keep_scale)
+    constants = {"H": H, "G": H // Hk, "D": D, "BD": block_d, **call.constants()}
     with launch_on(q.device):
-        delta_kernel[checked_grid(triton.cdiv(L, tiles.delta.block_m) * H)](
-            out, dout, delta, dout.stride(0), dout.stride(1), L, H=H, D=D, BM=tiles.delta.block_m, BD=block_d,
-            num_warps=tiles.delta.num_warps, num_stages=tiles.delta.num_stages,
-        )  # fmt: skip
-        for kernel, outputs, tile, block in (
-            (dkv_kernel, (dk, dv), tiles.dkv, tiles.dkv.block_n),
-            (dq_kernel, (dq,), tiles.dq, tiles.dq.block_m),
-        ):
-            kernel[shape.grid(block)](
-                *inputs, *outputs, *bounds, *strides,
-                L, max_seqlen, shape.num_tiles(block), window or 0, scale, scale * LOG2_E,
-                H=H, D=D, BM=tile.block_m, BN=tile.block_n, BD=block_d,
-                CAUSAL=causal, HAS_WINDOW=window is not None, HAS_TARGETS=num_targets is not None,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+        if len(query_tiles) > 0:
+            desc_k, desc_v = descriptors(k, v, block=dq_tile.block_n, wanted=dq_tile.tma)
+            dq_kernel[grid_of(query_tiles, H)](
+                q, k, v, dout, out, desc_k, desc_v, lse, delta, dq, query_tiles, seed, *strides,
+                L, call.window or 0, *scales,
+                BM=dq_tile.block_m, BN=dq_tile.block_n, TMA=desc_k is not k, **constants,
+                **dq_tile.options(),
+            )  # fmt: skip
+        if len(key_tiles) > 0:
+            desc_q, desc_dout = descriptors(q, dout, block=dkv_tile.block_m, wanted=dkv_tile.tma)
+            dkv_kernel[grid_of(key_tiles, Hk)](
+                q, k, v, dout, desc_q, desc_dout, lse, delta, dk, dv, key_tiles, seed, *strides,
+                L, call.window or 0, *scales,
+                BM=dkv_tile.block_m, BN=dkv_tile.block_n, TMA=desc_q is not q, **constants,
+                **dkv_tile.options(),
             )  # fmt: skip
     return dq, dk, dv

@@ -15,9 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged_flash_attention.launch import LaunchShape, launch_on
-from kernels.jagged_flash_attention.tiles import is_visible, key_range, load_tile, load_user, store_tile
-from kernels.jagged_flash_attention.tuning import choose_tiles
+from kernels.jagged_flash_attention.launch import Call, descriptors, grid_of, launch_on
+from kernels.jagged_flash_attention.tiles import (
+    is_kept,
+    is_visible,
+    key_range,
+    load_entry,
+    load_tile,
+    store_tile,
+    visible_keys,
+)
+from kernels.jagged_flash_attention.tuning import Tile
 
 LOG2_E = math.log2(math.e)
 
@@ -30,14 +38,22 @@ def attend(
     b_q,
     p_k,
     p_v,
+    desc_k,
+    desc_v,
     stride_kl,
     stride_vl,
     i_m,
     lo,
     hi,
+    k_start,
+    column_k,
     h,
     window,
     scale_log2,
+    seed,
+    i_row,
+    i_h,
+    drop_below,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -45,26 +61,35 @@ def attend(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Take history keys lo ... hi into the running softmax; only EDGE tiles are bounds-checked and masked."""
+    first, end = visible_keys((i_m + tl.arange(0, BM))[:, None], h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     for i_n in tl.range(lo, hi, BN):
-        b_k = load_tile(p_k, i_n, h, stride_kl, D, BN, BD, EDGE)
-        b_v = load_tile(p_v, i_n, h, stride_vl, D, BN, BD, EDGE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # (BM, BN)
+        if TMA and not EDGE:
+            b_k = desc_k.load([k_start + i_n, column_k])
+            b_v = desc_v.load([k_start + i_n, column_k])
+        else:
+            b_k = load_tile(p_k, i_n, h, stride_kl, D, BN, BD, EDGE)
+            b_v = load_tile(p_v, i_n, h, stride_vl, D, BN, BD, EDGE)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BM, BN), not scaled
+        o_key = tl.arange(0, BN)[None, :]
         if EDGE:
-            o_m = (i_m + tl.arange(0, BM))[:, None]
-            o_n = (i_n + tl.arange(0, BN))[None, :]
-            m_s = is_visible(o_m, o_n, h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+            b_s = tl.where(is_visible(o_key, i_n, first, end, HAS_WINDOW), b_s, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)  # the scale is positive
         b_shift = b_new_max
-        if EDGE:  # a query may not have seen any key yet: -inf - (-inf) would be NaN
+        if EDGE and HAS_WINDOW:  # a query may not have seen any key yet: -inf - (-inf) would be NaN
             b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_s - b_shift[:, None])
+        b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+        if DROPOUT:
+            o_row = i_row + tl.arange(0, BM)[:, None]
+            b_p = tl.where(is_kept(seed, o_row, i_h, i_n + o_key, drop_below), b_p, 0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
         b_max = b_new_max
     return b_acc, b_max, b_sum
 
@@ -83,33 +108,42 @@ def attend_self(
     n,
     h,
     scale_log2,
+    seed,
+    i_row,
+    i_h,
+    drop_below,
     D: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """Let every candidate of the tile see itself: the diagonal, one row-wise product."""
     b_k = load_tile(p_k, i_m, n, stride_kl, D, BM, BD, True).to(tl.float32)
     b_v = load_tile(p_v, i_m, n, stride_vl, D, BM, BD, True).to(tl.float32)
-    m_candidate = i_m + tl.arange(0, BM) >= h
-    b_s = tl.where(m_candidate, tl.sum(b_q.to(tl.float32) * b_k, 1) * scale_log2, float("-inf"))
+    o_m = i_m + tl.arange(0, BM)
+    b_s = tl.where(o_m >= h, tl.sum(b_q.to(tl.float32) * b_k, 1) * scale_log2, float("-inf"))
     b_new_max = tl.maximum(b_max, b_s)
     b_p = tl.exp2(b_s - b_new_max)
     b_decay = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_decay + b_p
+    if DROPOUT:
+        b_p = tl.where(is_kept(seed, i_row + tl.arange(0, BM), i_h, o_m, drop_below), b_p, 0.0)
     b_acc = b_acc * b_decay[:, None] + b_p[:, None] * b_v
     return b_acc, b_new_max, b_sum
 
 
-# Totals and lengths differ in every batch: a kernel specialised on them would be compiled over and over.
-@triton.jit(do_not_specialize=["L", "max_seqlen", "num_tiles", "window"])  # pragma: no cover
+# Totals differ in every batch: a kernel specialised on them would be compiled over and over.
+@triton.jit(do_not_specialize=["L", "window", "drop_below", "keep_scale"])  # pragma: no cover
 def jagged_flash_attention_forward_kernel(
     p_q,  # (L, H, D)
-    p_k,
+    p_k,  # (keys, H // G, D)
     p_v,
+    desc_k,  # the same as (keys, H // G * D), read only with TMA
+    desc_v,
     p_out,  # (L, H, D), contiguous
     p_lse,  # (H, L), float32, base 2
-    p_offsets,  # (B + 1,)
-    p_num_targets,  # (B,), not read unless HAS_TARGETS
+    p_tiles,  # (entries, 8), tiles of BM queries
+    p_seed,  # (1,) int64, read only with DROPOUT
     stride_ql,
     stride_qh,
     stride_kl,
@@ -117,11 +151,12 @@ def jagged_flash_attention_forward_kernel(
     stride_vl,
     stride_vh,
     L,
-    max_seqlen,
-    num_tiles,
     window,
     scale_log2,
+    drop_below,
+    keep_scale,
     H: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -129,79 +164,82 @@ def jagged_flash_attention_forward_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One tile of BM queries of one user and head."""
     pid = tl.program_id(0)
-    i_m = (num_tiles - 1 - pid % num_tiles) * BM  # the last tile first: under a causal mask it is the longest
-    i_b = pid // num_tiles // H
-    i_h = (pid // num_tiles % H).to(tl.int64)
-
-    bos, n, h = load_user(p_offsets, p_num_targets, i_b, L, max_seqlen, HAS_TARGETS)
-    if i_m >= n:
+    i_h = pid % H  # heads next to each other share the lines of their rows
+    q_start, n, k_start, _, i_tile, h = load_entry(p_tiles, pid // H)
+    if n == 0:
         return
-    p_q += bos * stride_ql + i_h * stride_qh
-    p_k += bos * stride_kl + i_h * stride_kh
-    p_v += bos * stride_vl + i_h * stride_vh
-    p_out += (bos * H + i_h) * D
-    p_lse += i_h * L + bos
+    i_m = i_tile * BM
+    p_q += q_start * stride_ql + i_h.to(tl.int64) * stride_qh
+    p_k += k_start * stride_kl + (i_h // G).to(tl.int64) * stride_kh
+    p_v += k_start * stride_vl + (i_h // G).to(tl.int64) * stride_vh
+    i_row = q_start + i_m
+    k_row = k_start.to(tl.int32)
+    column_k = i_h // G * D
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(p_seed)
 
     b_q = load_tile(p_q, i_m, n, stride_ql, D, BM, BD, True)
     b_acc = tl.zeros([BM, BD], dtype=tl.float32)
     b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BM], dtype=tl.float32)
 
-    lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW)
-    if HAS_WINDOW:
+    lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    for part in tl.static_range(0 if HAS_WINDOW else 1, 3):  # masked, not masked, masked
+        begin, end = lo, full_lo
+        if part == 1:
+            begin, end = full_lo, full_hi
+        elif part == 2:
+            begin, end = full_hi, hi
         b_acc, b_max, b_sum = attend(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, stride_kl, stride_vl, i_m, lo, full_lo,
-            h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, True,
+            b_acc, b_max, b_sum, b_q, p_k, p_v, desc_k, desc_v, stride_kl, stride_vl, i_m, begin, end, k_row, column_k,
+            h, window, scale_log2, seed, i_row, i_h, drop_below,
+            D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA, part != 1,
         )  # fmt: skip
-    b_acc, b_max, b_sum = attend(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, stride_kl, stride_vl, i_m, full_lo, full_hi,
-        h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, False,
-    )  # fmt: skip
-    b_acc, b_max, b_sum = attend(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, stride_kl, stride_vl, i_m, full_hi, hi,
-        h, window, scale_log2, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, True,
-    )  # fmt: skip
     if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
         if i_m + BM > h:
             b_acc, b_max, b_sum = attend_self(
-                b_acc, b_max, b_sum, b_q, p_k, p_v, stride_kl, stride_vl, i_m, n, h, scale_log2, D, BM, BD
-            )
+                b_acc, b_max, b_sum, b_q, p_k, p_v, stride_kl, stride_vl, i_m, n, h, scale_log2,
+                seed, i_row, i_h, drop_below, D, BM, BD, DROPOUT,
+            )  # fmt: skip
 
-    store_tile(p_out, b_acc / b_sum[:, None], i_m, n, H * D, D, BM, BD)
+    # In cross attention a user may have queries and no keys: their output is zero, as is every gradient.
+    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+    if DROPOUT:
+        b_norm = b_norm * keep_scale
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(b_sum))
+    store_tile(p_out + (q_start * H + i_h) * D, b_acc * b_norm[:, None], i_m, n, H * D, D, BM, BD)
     o_m = i_m + tl.arange(0, BM)
-    tl.store(p_lse + o_m, b_max + tl.log2(b_sum), mask=o_m < n)
+    tl.store(p_lse + i_h.to(tl.int64) * L + q_start + o_m, b_lse, mask=o_m < n)
 
 
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    num_targets: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output `(L, H, D)` in q's dtype and base-2 log-sum-exp `(H, L)` in float32, both contiguous."""
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Output `(L, H, D)` in q's dtype and base-2 log-sum-exp `(H, L)` in float32, both contiguous.
+
+    Args:
+        q, k, v: `(L, H, D)` and twice `(keys, H // G, D)`, contiguous in the last dimension.
+        tiles: `(entries, 8)`, the tiles of `tile.block_m` queries; see schedule.py.
+        call: mask, scale and dropout.
+        tile: how to compute it.
+    """
     L, H, D = q.shape
     out = torch.empty((L, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((H, L), dtype=torch.float32, device=q.device)
-    tile = choose_tiles(D, q.dtype, q.device).forward
-    shape = LaunchShape(num_users=offsets.shape[0] - 1, num_heads=H, max_seqlen=max_seqlen)
-    grid = shape.grid(tile.block_m)
-    if grid[0] == 0:
+    if len(tiles) == 0:
         return out, lse
+    desc_k, desc_v = descriptors(k, v, block=tile.block_n, wanted=tile.tma)
     with launch_on(q.device):
-        jagged_flash_attention_forward_kernel[grid](
-            q, k, v, out, lse, offsets, offsets if num_targets is None else num_targets,
+        jagged_flash_attention_forward_kernel[grid_of(tiles, H)](
+            q, k, v, desc_k, desc_v, out, lse, tiles, tiles if call.seed is None else call.seed,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            L, max_seqlen, shape.num_tiles(tile.block_m), window or 0, scale * LOG2_E,
-            H=H, D=D, BM=tile.block_m, BN=tile.block_n, BD=triton.next_power_of_2(D),
-            CAUSAL=causal, HAS_WINDOW=window is not None, HAS_TARGETS=num_targets is not None,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            L, call.window or 0, call.scale * LOG2_E, call.drop_below, call.keep_scale,
+            H=H, G=H // k.shape[1], D=D, BM=tile.block_m, BN=tile.block_n, BD=triton.next_power_of_2(D),
+            **call.constants(), TMA=desc_k is not k, **tile.options(),
         )  # fmt: skip
     return out, lse

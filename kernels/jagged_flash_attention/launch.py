@@ -1,20 +1,24 @@
-"""What every launcher needs to know: where Triton can run, on which device, and how large the grid is."""
+"""What every launcher needs to know: where Triton can run, on which device, how large the grid is, what is asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # `@triton.jit` decides when it decorates whether a kernel is compiled or interpreted, so this is read once,
 # while the modules with the kernels are being imported. Setting the variable later has no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 MAX_GRID = 2**31 - 1  # of the x dimension; y and z end at 65,535, which batch x heads would pass
+MAX_ROW_STRIDE = 2**23  # elements: a tile of up to 256 rows is then addressed with int32
 
 
 def unavailable_reason(device: torch.device | str) -> str | None:
@@ -47,30 +51,72 @@ def launch_on(device: torch.device) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class LaunchShape:
-    """A grid of one program per (user, head, tile of a user), tiles next to each other.
+class Call:
+    """Mask, scale and dropout of one call, as the kernels take them."""
 
-    The host knows the longest length only, so a short user's tiles past its end start and return at once.
-    """
+    causal: bool
+    window: int | None
+    has_targets: bool
+    scale: float
+    """Positive."""
 
-    num_users: int
-    num_heads: int
-    max_seqlen: int
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    """`(1,)` int64 on the device, where there is dropout."""
 
-    def num_tiles(self, block: int) -> int:
-        """Tiles of the longest user."""
-        return triton.cdiv(self.max_seqlen, block)
+    precision: str = "ieee"
+    """Of float32 products: `ieee` or `tf32`."""
 
-    def grid(self, block: int) -> tuple[int]:
-        """One-dimensional, see MAX_GRID."""
-        return checked_grid(self.num_users * self.num_heads * self.num_tiles(block))
+    @property
+    def drop_below(self) -> int:
+        """A pair is dropped if its 32 random bits are below."""
+        return int(self.dropout_p * 2**32)
+
+    @property
+    def keep_scale(self) -> float:
+        """What the probabilities that are kept are multiplied with."""
+        return 1.0 / (1.0 - self.dropout_p)
+
+    def constants(self) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        return {
+            "CAUSAL": self.causal,
+            "HAS_WINDOW": self.window is not None,
+            "HAS_TARGETS": self.has_targets,
+            "DROPOUT": self.dropout_p > 0.0,
+            "PRECISION": self.precision,
+        }
 
 
-def checked_grid(num_programs: int) -> tuple[int]:
-    """The grid as a tuple; ValueError past what CUDA can launch at once."""
+def grid_of(tiles: Tensor, num_heads: int) -> tuple[int]:
+    """One program per tile of the list and head, see MAX_GRID; ValueError past what CUDA can launch at once."""
+    num_programs = tiles.shape[0] * num_heads
     if num_programs > MAX_GRID:
         raise ValueError(
-            f"users x heads x tiles of the longest user = {num_programs} passes CUDA's limit of {MAX_GRID} "
-            "programs; use smaller batches"
+            f"tiles x heads = {num_programs} passes CUDA's limit of {MAX_GRID} programs; use smaller batches"
         )
     return (num_programs,)
+
+
+def readable_in_place(x: Tensor) -> bool:
+    """Whether the kernels read this `(L, H, D)` tensor as it lies."""
+    return x.stride(-1) == 1 and 0 <= x.stride(0) <= MAX_ROW_STRIDE
+
+
+def descriptors(*tensors: Tensor, block: int, wanted: bool) -> Sequence[Tensor | TensorDescriptor]:
+    """For Hopper's copy engine: reads blocks of `block` rows of one head of `(L, H, D)` tensors.
+
+    The tensors themselves, if this is not wanted or the engine can't read all of them as they lie.
+    """
+    if not wanted or not all(_fits_descriptor(x) for x in tensors):
+        return tensors
+    return [
+        TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [block, x.shape[2]])
+        for x in tensors
+    ]
+
+
+def _fits_descriptor(x: Tensor) -> bool:
+    L, _, D = x.shape
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) > 0
+    return L > 0 and aligned and x.stride(1) == D and triton.next_power_of_2(D) == D

@@ -1,6 +1,6 @@
 """What the kernel has to compute, in plain PyTorch: pad, mask, softmax. Slow, and easy to believe.
 
-B users, N = max_seqlen, L tokens of all users together, H heads, D head dim.
+B users, N = max_seqlen, M = max_key_seqlen, L tokens of all users together, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -49,25 +49,79 @@ def reference_attention(
     causal: bool = True,
     window: int | None = None,
     num_targets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    max_key_seqlen: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ + mask) v for every user and head, computed in the dtype of the inputs.
 
-    q, k, v and the result are `(L, H, D)`, offsets `(B + 1,)`, `num_targets` `(B,)` or None. For an exact
-    result pass float64; in a lower precision it is the baseline that the kernel's error is compared with.
+    Arguments and result as of `jagged_flash_attention`. For an exact result pass float64; in a lower precision it is the
+    baseline that the kernel's error is compared with.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    position = torch.arange(max_seqlen, device=q.device)
-    is_token = position < offsets.diff().unsqueeze(1)  # (B, N)
-    row = torch.where(is_token, offsets[:-1].unsqueeze(1) + position, q.shape[0])  # (B, N), past the last: zeros
+    group = q.shape[1] // k.shape[1]
+    row, is_query = _rows(offsets, max_seqlen, q.shape[0])  # (B, N)
+    if key_offsets is None:
+        key_row, mask = row, dense_mask(offsets, max_seqlen, causal=causal, window=window, num_targets=num_targets)
+    else:
+        assert max_key_seqlen is not None
+        key_row, is_key = _rows(key_offsets, max_key_seqlen, k.shape[0])  # (B, M)
+        mask = is_query[:, :, None] & is_key[:, None, :]
 
-    def pad(x: Tensor) -> Tensor:  # (L, H, D) -> (B, H, N, D)
+    def pad(x: Tensor, row: Tensor) -> Tensor:  # (L, H, D) -> (B, H, N, D)
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[row].transpose(1, 2)
 
-    mask = dense_mask(offsets, max_seqlen, causal=causal, window=window, num_targets=num_targets)
-    # Slots without a token see themselves, or their softmax would be 0 / 0 and its NaN reach the gradients.
-    mask = mask | torch.diag_embed(~is_token)
+    def repeat(x: Tensor) -> Tensor:  # every key head serves `group` query heads
+        return x.repeat_interleave(group, dim=1)
 
-    scores = (pad(q) @ pad(k).transpose(-1, -2)) * scale
-    probs = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(dim=-1)
-    return (probs @ pad(v)).transpose(1, 2)[is_token]
+    scores = (pad(q, row) @ repeat(pad(k, key_row)).transpose(-1, -2)) * scale
+    mask = mask.unsqueeze(1)
+    # A row that sees nothing (no token, or a user without keys) gives zero; its softmax would be 0 / 0.
+    sees_something = mask.any(dim=-1, keepdim=True)
+    probs = scores.masked_fill(~mask & sees_something, float("-inf")).softmax(dim=-1) * sees_something
+    if dropout_p > 0.0:
+        assert seed is not None
+        keys = torch.arange(key_row.shape[1], device=q.device)
+        heads = torch.arange(q.shape[1], device=q.device)
+        kept = dropout_mask(seed, row[:, None, :, None], heads[None, :, None, None], keys, dropout_p)
+        probs = probs * kept / (1.0 - dropout_p)
+    return (probs @ repeat(pad(v, key_row))).transpose(1, 2)[is_query]
+
+
+def _rows(offsets: Tensor, max_seqlen: int, total: int) -> tuple[Tensor, Tensor]:
+    """Row of every slot `(B, N)`, past the last one where there is no token; and whether there is one."""
+    position = torch.arange(max_seqlen, device=offsets.device)
+    is_token = position < offsets.diff().unsqueeze(1)
+    return torch.where(is_token, offsets[:-1].unsqueeze(1) + position, total), is_token
+
+
+def dropout_mask(seed: Tensor, row: Tensor, head: Tensor, key: Tensor, dropout_p: float) -> Tensor:
+    """Which pairs dropout keeps: bool, in the shape that row, head and key broadcast to.
+
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of the counter (key, row, head, 0)
+    and the key `seed`; a pair is kept if the first of the four words is at least dropout_p · 2^32.
+
+    Args:
+        seed: `(1,)` int64.
+        row: row of the query in q; head: its head; key: index of the key within its user; all integers.
+        dropout_p: probability of dropping a pair.
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2 = (x.long() & low for x in torch.broadcast_tensors(key, row, head))
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & low, (seed >> 32) & low
+
+    def high(a: int, b: Tensor) -> Tensor:  # of the 64-bit product
+        return ((a * b) >> 32) & low
+
+    for _ in range(10):
+        c0, c1, c2, c3 = (
+            high(0xCD9E8D57, c2) ^ c1 ^ k0,
+            (0xCD9E8D57 * c2) & low,
+            high(0xD2511F53, c0) ^ c3 ^ k1,
+            (0xD2511F53 * c0) & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0 >= int(dropout_p * 2**32)

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The pieces that the forward and the backward kernels share: where a user is, which tiles it needs, loads.
+"""The pieces that the forward and the backward kernels share: tile lists, loads, visibility, dropout.
 
-Names, here and in the kernels: B users, H heads, D head dim, L tokens of all users together; BM x BN tiles of
-queries x keys, BD the head dim padded to a power of two; `i_*` indices, `o_*` offsets of a tile's rows within
-the user, `m_*` masks, `p_*` pointers, `b_*` blocks on the chip. A user's rows are `bos <= row < bos + n`; its
-first h tokens are history, the other n - h candidates.
+Names, here and in the kernels: L tokens of all users together, H heads, D head dim; BM x BN tiles of queries x keys,
+BD the head dim padded to a power of two; `i_*` indices, `o_*` offsets of a tile's rows within the user, `m_*` masks,
+`p_*` pointers, `b_*` blocks on the chip. A user has n queries; h of its keys are history, which others may see. In self
+attention the other n - h tokens are candidates, which see the history and themselves; in cross attention there are none.
 """
 
 from __future__ import annotations
@@ -14,19 +14,12 @@ import triton.language as tl
 
 
 @triton.jit  # pragma: no cover
-def load_user(p_offsets, p_num_targets, i_b, L, max_seqlen, HAS_TARGETS: tl.constexpr):
-    """First row (int64), number of tokens, number of history tokens.
-
-    Clamped so that no offsets, however wrong, make a kernel touch memory outside its tensors.
-    """
-    bos = tl.minimum(tl.maximum(tl.load(p_offsets + i_b).to(tl.int64), 0), L)
-    eos = tl.minimum(tl.maximum(tl.load(p_offsets + i_b + 1).to(tl.int64), bos), L)
-    n = tl.minimum(eos - bos, max_seqlen).to(tl.int32)
-    h = n
-    if HAS_TARGETS:
-        num_targets = tl.load(p_num_targets + i_b).to(tl.int64)
-        h = (n - tl.minimum(tl.maximum(num_targets, 0), n)).to(tl.int32)
-    return bos, n, h
+def load_entry(p_tiles, i_entry):
+    """A row of a tile list (see schedule.py): own start, own length, other start, other length, tile, history."""
+    p_entry = p_tiles + i_entry.to(tl.int64) * 8
+    own_start, own_len = tl.load(p_entry).to(tl.int64), tl.load(p_entry + 1)
+    other_start, other_len = tl.load(p_entry + 2).to(tl.int64), tl.load(p_entry + 3)
+    return own_start, own_len, other_start, other_len, tl.load(p_entry + 4), tl.load(p_entry + 5)
 
 
 @triton.jit  # pragma: no cover
@@ -42,13 +35,12 @@ def load_tile(
 ):
     """Rows i_row ... i_row + BLOCK of one user and head as (BLOCK, BD).
 
-    Zero past D and, with CHECK, past num_rows; without CHECK all these rows must exist. Addresses are int64:
-    rows x stride passes 2^31 long before memory is full.
+    Zero past D and, with CHECK, past num_rows; without CHECK all these rows must exist. The tile's address is int64: rows
+    x stride passes 2^31 long before memory is full. Inside the tile int32 does (`launch.py` sees to it).
     """
     o_row = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BD)
-    o_tile = o_row[:, None].to(tl.int64) * stride + o_d[None, :]
-    p_tile = p_user + tl.cast(i_row, tl.int64) * stride + o_tile
+    p_tile = p_user + tl.cast(i_row, tl.int64) * stride + (o_row[:, None] * stride + o_d[None, :])
     m_row = (i_row + o_row < num_rows)[:, None]
     m_d = (o_d < D)[None, :]
     if CHECK and D < BD:
@@ -66,8 +58,7 @@ def store_tile(p_user, b_tile, i_row, num_rows, stride, D: tl.constexpr, BLOCK: 
     """Write a (BLOCK, BD) block to rows i_row ... i_row + BLOCK, as far as the user and the head go."""
     o_row = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BD)
-    o_tile = o_row[:, None].to(tl.int64) * stride + o_d[None, :]
-    p_tile = p_user + tl.cast(i_row, tl.int64) * stride + o_tile
+    p_tile = p_user + tl.cast(i_row, tl.int64) * stride + (o_row[:, None] * stride + o_d[None, :])
     mask = (i_row + o_row < num_rows)[:, None] & (o_d < D)[None, :]
     tl.store(p_tile, b_tile.to(p_user.dtype.element_ty), mask=mask)
 
@@ -83,22 +74,65 @@ def load_rowwise(p_user, i_row, num_rows, other, BLOCK: tl.constexpr, CHECK: tl.
 
 
 @triton.jit  # pragma: no cover
-def is_visible(o_m, o_n, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr):
-    """Whether query o_m sees *history* key o_n; a candidate's sight of itself is a step of its own.
+def visible_keys(o_m, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr):
+    """Of each query o_m, the *history* keys it sees: from the first to below the second; both in the shape of o_m.
 
-    o_m and o_n broadcast against each other: (BM, 1) and (1, BN), or (1, BM) and (BN, 1).
+    A candidate's sight of itself is a step of its own.
     """
-    mask = o_n < h
+    first, end = o_m * 0, o_m * 0 + h
     if CAUSAL:
-        mask = mask & (o_n <= o_m)  # holds for every candidate too: it comes after the history
-    if HAS_WINDOW:
-        in_window = o_m - o_n < window
-        if not CAUSAL:
-            in_window = in_window & (o_n - o_m < window)
+        end = o_m + 1
         if HAS_TARGETS:
-            in_window = in_window | (o_m >= h)
+            end = tl.minimum(end, h)  # a candidate comes after the history
+    elif HAS_WINDOW:
+        end = tl.minimum(o_m + window, h)
+    if HAS_WINDOW:
+        first = o_m - window + 1
+        if HAS_TARGETS:
+            first = tl.where(o_m >= h, 0, first)
+            end = tl.where(o_m >= h, h, end)
+    return first, end
+
+
+@triton.jit  # pragma: no cover
+def is_visible(o_key, i_n, first, end, HAS_WINDOW: tl.constexpr):
+    """Whether key i_n + o_key lies between; one comparison per pair, two with a window.
+
+    The bounds are moved instead of the keys: there are fewer of them, and o_key stays the same in every tile.
+    """
+    if HAS_WINDOW:
+        return (o_key >= first - i_n) & (o_key < end - i_n)
+    else:
+        return o_key < end - i_n
+
+
+@triton.jit  # pragma: no cover
+def sees_key(
+    o_query, i_m, o_n, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr
+):
+    """The same from the other side: whether query i_m + o_query sees *history* key o_n; only where there is a mask."""
+    mask = o_query >= o_n - i_m
+    if not CAUSAL:
+        mask = o_query > o_n - window - i_m
+    if HAS_WINDOW:
+        in_window = o_query < o_n + window - i_m
+        if HAS_TARGETS:
+            in_window = in_window | (o_query >= h - i_m)
         mask = mask & in_window
     return mask
+
+
+@triton.jit  # pragma: no cover
+def is_kept(seed, i_row, i_h, o_n, drop_below):
+    """Whether dropout keeps the pair of query row i_row (of the whole tensor), head i_h and key o_n of its user.
+
+    Philox of these three, so forward and backward agree, whatever their tiles; i_row and o_n broadcast.
+    """
+    row = (i_row + o_n * 0).to(tl.uint32)
+    key = (i_row * 0 + o_n).to(tl.uint32)
+    head = (row * 0 + i_h).to(tl.uint32)
+    random, _, _, _ = tl.philox(seed, key, row, head, row * 0)
+    return random.to(tl.int64) >= drop_below
 
 
 @triton.jit  # pragma: no cover
@@ -117,7 +151,17 @@ def split_range(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
 
 
 @triton.jit  # pragma: no cover
-def key_range(i_m, n, h, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def key_range(
+    i_m,
+    n,
+    h,
+    window,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+):
     """The history keys that queries i_m ... i_m + BM see, as `split_range` gives them."""
     last = tl.minimum(i_m + BM, h) - 1  # last history query of the tile, if it has one
     lo, full_lo, full_hi, hi = 0, 0, h, h
@@ -130,14 +174,16 @@ def key_range(i_m, n, h, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.
     if HAS_WINDOW:
         lo = i_m - window + 1
         full_lo = last - window + 1
-    # Candidates see the whole history: with one in the tile all of it is visited, with nothing else in it
-    # none of it is masked.
-    has_candidate = tl.minimum(i_m + BM, n) > h
-    only_candidates = i_m >= h
-    lo = tl.where(has_candidate, 0, lo)
-    hi = tl.minimum(tl.where(has_candidate, h, hi), h)
-    full_lo = tl.where(only_candidates, 0, full_lo)
-    full_hi = tl.where(only_candidates, h, full_hi)
+    if HAS_TARGETS:
+        # Candidates see the whole history: with one in the tile all of it is visited, with nothing else in it
+        # none of it is masked.
+        has_candidate = tl.minimum(i_m + BM, n) > h
+        only_candidates = i_m >= h
+        lo = tl.where(has_candidate, 0, lo)
+        hi = tl.where(has_candidate, h, hi)
+        full_lo = tl.where(only_candidates, 0, full_lo)
+        full_hi = tl.where(only_candidates, h, full_hi)
+    hi = tl.minimum(hi, h)
     return split_range(lo, full_lo, full_hi, hi, BN)
 
 

@@ -27,6 +27,15 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    """Inner tiles come through Hopper's copy engine, where it can read the tensors."""
+
+    max_registers: int | None = None
+    """Of a thread: fewer let more programs share a multiprocessor."""
+
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told besides the blocks."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,6 @@ class Tiles:
     forward: Tile
     dkv: Tile
     dq: Tile
-    delta: Tile = Tile(block_m=32, block_n=0, num_warps=4, num_stages=1)
 
 
 # Greatest padded head dim each row serves -> tiles, from small to large.

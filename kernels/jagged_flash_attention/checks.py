@@ -1,0 +1,129 @@
+"""What is refused, and how it is said: shapes, dtypes, devices and numbers that don't fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (16, 256)  # least and greatest
+PRECISIONS = ("ieee", "tf32")
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    window: int | None,
+    num_targets: Tensor | None,
+    key_offsets: Tensor | None,
+    max_key_seqlen: int | None,
+) -> None:
+    """Everything about tensors and mask that can be known without looking at device memory; ValueError."""
+    _check_qkv(q, k, v, is_cross=key_offsets is not None)
+    _check_index_vector("offsets", offsets)
+    if offsets.shape[0] < 1:
+        raise ValueError("offsets must have shape (users + 1,) and so at least one element, got none")
+    if num_targets is not None:
+        _check_index_vector("num_targets", num_targets)
+        if num_targets.shape[0] != offsets.shape[0] - 1:
+            raise ValueError(
+                f"num_targets must have one element per user, {offsets.shape[0] - 1} by offsets; "
+                f"got {num_targets.shape[0]}"
+            )
+    if key_offsets is not None:
+        _check_index_vector("key_offsets", key_offsets)
+        if key_offsets.shape != offsets.shape:
+            raise ValueError(
+                f"key_offsets must be of the same users as offsets, shape {tuple(offsets.shape)}; "
+                f"got {tuple(key_offsets.shape)}"
+            )
+        if causal or window is not None or num_targets is not None:
+            raise ValueError(
+                "cross attention (key_offsets) has no causal mask, window or num_targets: every query sees all keys of "
+                "its user; pass causal=False"
+            )
+    if (key_offsets is None) != (max_key_seqlen is None):
+        raise ValueError("key_offsets and max_key_seqlen belong together: give both, or none for self attention")
+    tensors = {"k": k, "v": v, "offsets": offsets, "num_targets": num_targets, "key_offsets": key_offsets}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"all tensors must be on one device: q is on {q.device}, {name} on {tensor.device}")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
+    if max_key_seqlen is not None and max_key_seqlen < 0:
+        raise ValueError(f"max_key_seqlen must be at least 0, got {max_key_seqlen}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token (or None for no window), got {window}")
+
+
+def check_options(q: Tensor, dropout_p: float, seed: Tensor | None, precision: str) -> None:
+    """Dropout and precision; ValueError."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != q.device):
+        raise ValueError(
+            f"seed must be one int64 of shape (1,) on {q.device}, got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, is_cross: bool) -> None:
+    shapes = f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+    if q.dim() != 3 or k.dim() != 3 or v.shape != k.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "q must have shape (tokens, heads, head_dim), k and v one shape (tokens, heads or a divisor, head_dim), "
+            + shapes
+        )
+    if not is_cross and k.shape[0] != q.shape[0]:
+        raise ValueError(f"q, k and v must have as many tokens, or key_offsets must say whose they are; {shapes}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(f"q, k and v must share one dtype of {allowed}; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not HEAD_DIMS[0] <= q.shape[2] <= HEAD_DIMS[1]:
+        raise ValueError(f"head_dim must be from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {q.shape[2]}")
+    if q.shape[1] < 1 or k.shape[1] < 1:
+        raise ValueError("q, k and v must have at least one head, got 0")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v")
+
+
+def _check_index_vector(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} must be one-dimensional int32 or int64, got shape {tuple(tensor.shape)} and {tensor.dtype}"
+        )
+
+
+def check_offsets(offsets: Tensor, max_seqlen: int, total: int, num_targets: Tensor | None = None) -> None:
+    """Check the values; ValueError says which user is wrong. Waits for the GPU."""
+    bounds = offsets.detach().to("cpu", torch.int64)
+    lengths = bounds.diff()
+    if bounds[0] != 0 or bounds[-1] != total:
+        raise ValueError(
+            f"offsets go from {int(bounds[0])} to {int(bounds[-1])}; they must go from 0 to the number of rows, {total}"
+        )
+    _raise_for_first(lengths < 0, lengths, "offsets descend: user {user} would have {value} tokens")
+    _raise_for_first(
+        lengths > max_seqlen,
+        lengths,
+        f"user {{user}} has {{value}} tokens, more than max_seqlen={max_seqlen}",
+    )
+    if num_targets is not None:
+        targets = num_targets.detach().to("cpu", torch.int64)
+        wrong = (targets < 0) | (targets > lengths)
+        _raise_for_first(
+            wrong,
+            targets,
+            "num_targets of user {user} is {value}; it must lie between 0 and the user's length",
+        )
+
+
+def _raise_for_first(wrong: Tensor, values: Tensor, message: str) -> None:
+    if wrong.any():
+        user = int(wrong.nonzero()[0])
+        raise ValueError(message.format(user=user, value=int(values[user])))
