@@ -9,7 +9,8 @@ of out:
     dv_j    = sum_i p_ij g_i                                 one program per tile of keys, over the queries that
     dk_j    = scale · sum_i p_ij (g_i·v_j - delta_i) q_i     see it
 
-(Dao, FlashAttention-2, 2023, algorithm 2.) The kernel of dq comes first and leaves delta for the other. Names: see tiles.py.
+(Dao, FlashAttention-2, 2023, algorithm 2.) The kernel of dq comes first and leaves delta for the other. Users that fit into
+one tile have a kernel of their own, in backward_short.py. Names: see tiles.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.jagged_flash_attention.backward_short import launch_short_users
 from kernels.jagged_flash_attention.forward import LOG2_E
 from kernels.jagged_flash_attention.launch import Call, descriptors, grid_of, launch_on
 from kernels.jagged_flash_attention.tiles import (
@@ -33,7 +35,7 @@ from kernels.jagged_flash_attention.tiles import (
     store_tile,
     visible_keys,
 )
-from kernels.jagged_flash_attention.tuning import Tile
+from kernels.jagged_flash_attention.tuning import Tiles
 
 
 @triton.jit  # pragma: no cover
@@ -405,17 +407,18 @@ def launch_backward(
     lse: Tensor,
     query_tiles: Tensor,
     key_tiles: Tensor,
+    short_users: Tensor,
     call: Call,
-    dq_tile: Tile,
-    dkv_tile: Tile,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous and in their shapes; `out` and `lse` as the forward gave them.
 
     Args:
         dout: `(L, H, D)`, contiguous in the last dimension; q, k, v as for the forward.
-        query_tiles, key_tiles: `(entries, 8)`, of `dq_tile.block_m` queries and of `dkv_tile.block_n` keys.
+        query_tiles, key_tiles: `(entries, 8)`, of `tiles.dq.block_m` queries and of `tiles.dkv.block_n` keys.
+        short_users: `(entries, 8)`, users of at most `tiles.short.block_m` tokens, which the other lists leave out.
         call: as for the forward.
-        dq_tile, dkv_tile: how to compute it.
+        tiles: how to compute it.
     """
     L, H, D = q.shape
     Hk = k.shape[1]
@@ -430,19 +433,21 @@ def launch_backward(
     constants = {"H": H, "G": H // Hk, "D": D, "BD": block_d, **call.constants()}
     with launch_on(q.device):
         if len(query_tiles) > 0:
-            desc_k, desc_v = descriptors(k, v, block=dq_tile.block_n, wanted=dq_tile.tma)
+            desc_k, desc_v = descriptors(k, v, block=tiles.dq.block_n, wanted=tiles.dq.tma)
             dq_kernel[grid_of(query_tiles, H)](
                 q, k, v, dout, out, desc_k, desc_v, lse, delta, dq, query_tiles, seed, *strides,
                 L, call.window or 0, *scales,
-                BM=dq_tile.block_m, BN=dq_tile.block_n, TMA=desc_k is not k, **constants,
-                **dq_tile.options(),
+                BM=tiles.dq.block_m, BN=tiles.dq.block_n, TMA=desc_k is not k, **constants,
+                **tiles.dq.options(),
             )  # fmt: skip
         if len(key_tiles) > 0:
-            desc_q, desc_dout = descriptors(q, dout, block=dkv_tile.block_m, wanted=dkv_tile.tma)
+            desc_q, desc_dout = descriptors(q, dout, block=tiles.dkv.block_m, wanted=tiles.dkv.tma)
             dkv_kernel[grid_of(key_tiles, Hk)](
                 q, k, v, dout, desc_q, desc_dout, lse, delta, dk, dv, key_tiles, seed, *strides,
                 L, call.window or 0, *scales,
-                BM=dkv_tile.block_m, BN=dkv_tile.block_n, TMA=desc_q is not q, **constants,
-                **dkv_tile.options(),
+                BM=tiles.dkv.block_m, BN=tiles.dkv.block_n, TMA=desc_q is not q, **constants,
+                **tiles.dkv.options(),
             )  # fmt: skip
+        if len(short_users) > 0 and tiles.short is not None:
+            launch_short_users(dout, q, k, v, out, lse, (dq, dk, dv), short_users, call, tiles.short)
     return dq, dk, dv

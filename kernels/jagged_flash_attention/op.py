@@ -104,12 +104,12 @@ def jagged_flash_attention(
 
 
 def _tile_lists(schedule: Schedule, tiles: Tiles, causal: bool, has_gradient: bool) -> list[Tensor]:
-    """Of the forward, of dq and of dk and dv, made with one launch; without a gradient only the first is needed."""
-    forward, dq, dkv = tiles.forward.block_m, tiles.dq.block_m, tiles.dkv.block_n
+    """Of the forward, of dq, of dk and dv, and of short users' backward; without a gradient only the first is needed."""
+    forward = tiles.forward.block_m
     if not has_gradient:
-        return schedule.query_tiles([forward], causal) * 3
-    schedule.prepare(query_blocks=[forward, dq], key_blocks=[dkv], causal=causal)
-    return [*schedule.query_tiles([forward, dq], causal), *schedule.key_tiles([dkv], causal)]
+        return schedule.query_tiles([forward], causal) * 4
+    short = 0 if tiles.short is None else tiles.short.block_m
+    return schedule.for_training(forward, tiles.dq.block_m, tiles.dkv.block_n, short, causal)
 
 
 def _interpretable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -131,6 +131,7 @@ def _forward_op(
     forward_tiles: Tensor,
     dq_tiles: Tensor,
     dkv_tiles: Tensor,
+    short_users: Tensor,
     seed: Tensor | None,
     causal: bool,
     window: int | None,
@@ -156,6 +157,7 @@ def _backward_op(
     lse: Tensor,
     dq_tiles: Tensor,
     dkv_tiles: Tensor,
+    short_users: Tensor,
     seed: Tensor | None,
     causal: bool,
     window: int | None,
@@ -168,7 +170,7 @@ def _backward_op(
     tiles = choose_tiles(q.shape[-1], q.dtype, q.device)
     dout = dout if readable_in_place(dout) else dout.contiguous()
     dout_, q_, k_, v_, out_ = _interpretable((dout, q, k, v, out))
-    dq, dk, dv = launch_backward(dout_, q_, k_, v_, out_, lse, dq_tiles, dkv_tiles, call, tiles.dq, tiles.dkv)
+    dq, dk, dv = launch_backward(dout_, q_, k_, v_, out_, lse, dq_tiles, dkv_tiles, short_users, call, tiles)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
@@ -184,16 +186,16 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) ->
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    q, k, v, _forward_tiles, dq_tiles, dkv_tiles, seed, *options = inputs
+    q, k, v, _forward_tiles, dq_tiles, dkv_tiles, short_users, seed, *options = inputs
     out, lse = output
     ctx.set_materialize_grads(False)  # the log-sum-exp is not public: don't make zeros for its gradient
-    ctx.save_for_backward(q, k, v, out, lse, dq_tiles, dkv_tiles, seed)
+    ctx.save_for_backward(q, k, v, out, lse, dq_tiles, dkv_tiles, short_users, seed)
     ctx.options = options  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv = _backward_op(dout, *ctx.saved_tensors, *ctx.options)  # type: ignore[attr-defined]
-    return (dq, dk, dv, *[None] * 10)
+    return (dq, dk, dv, *[None] * 11)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

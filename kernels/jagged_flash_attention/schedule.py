@@ -20,7 +20,8 @@ tiles.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,11 +54,17 @@ def load_user(p_offsets, i_b, total, max_seqlen):
 
 
 @triton.jit  # pragma: no cover
-def load_last_tiles(p_offsets, first_user, B, total, max_seqlen, shift, CHUNK: tl.constexpr):
-    """The class of users first_user ... first_user + CHUNK: (CHUNK,), -1 past the last user."""
+def last_tile_of(o_user, length, B, shift, more_than, at_most):
+    """The class of users: -1 past the last user and for those whose length keeps them off this list."""
+    return tl.where((o_user < B) & (length > more_than) & (length <= at_most), (length - 1) >> shift, -1)
+
+
+@triton.jit  # pragma: no cover
+def load_last_tiles(p_offsets, first_user, B, total, max_seqlen, shift, more_than, at_most, CHUNK: tl.constexpr):
+    """The class of users first_user ... first_user + CHUNK: (CHUNK,)."""
     o_user = first_user + tl.arange(0, CHUNK)
     _, length = load_user(p_offsets, tl.minimum(o_user, B - 1), total, max_seqlen)
-    return tl.where(o_user < B, (length - 1) >> shift, -1)
+    return last_tile_of(o_user, length, B, shift, more_than, at_most)
 
 
 @triton.jit  # pragma: no cover
@@ -83,6 +90,8 @@ def jagged_tile_lists_kernel(
     other_max_seqlen,
     SHIFTS: tl.constexpr,  # log2(BLOCK) of every list
     DESCENDING: tl.constexpr,  # of every list
+    MORE_THAN: tl.constexpr,  # of every list: only users longer than that ...
+    AT_MOST: tl.constexpr,  # ... and not longer than that are on it
     BY_TILE: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
@@ -104,17 +113,24 @@ def jagged_tile_lists_kernel(
     first_row = tl.zeros([], dtype=tl.int64)
     shift = 0
     descending = False
+    more_than = 0
+    at_most = 0
     for i_list in tl.static_range(len(SHIFTS)):
         first_row += tl.where(i_list <= tl.program_id(1), capacity, 0)
         is_mine = i_list == tl.program_id(1)
-        capacity = tl.where(i_list <= tl.program_id(1), (total >> SHIFTS[i_list]) + tl.minimum(B, total), capacity)
+        most_tiles = tl.minimum(B, total)
+        if AT_MOST[i_list] > 2 ** SHIFTS[i_list]:
+            most_tiles += total >> SHIFTS[i_list]
+        capacity = tl.where(i_list <= tl.program_id(1), most_tiles, capacity)
         shift = tl.where(is_mine, SHIFTS[i_list], shift)
+        more_than = tl.where(is_mine, MORE_THAN[i_list], more_than)
+        at_most = tl.where(is_mine, AT_MOST[i_list], at_most)
         descending = tl.where(is_mine, DESCENDING[i_list], descending)
     p_list = p_lists + first_row * 8
 
     first_user = tl.program_id(0) * USERS
     o_chunk = tl.arange(0, CHUNK)
-    b_chunk = load_last_tiles(p_offsets, 0, B, total, max_seqlen, shift, CHUNK)  # first, it is waited for longest
+    b_chunk = load_last_tiles(p_offsets, 0, B, total, max_seqlen, shift, more_than, at_most, CHUNK)  # first, it is waited for longest
     o_user = first_user + tl.arange(0, USERS)
     i_user = tl.minimum(o_user, B - 1)
     start, length = load_user(p_offsets, i_user, total, max_seqlen)
@@ -135,7 +151,7 @@ def jagged_tile_lists_kernel(
     b_row = tl.where(o_column == 5, history[:, None], b_row)
     b_row = tl.where(o_column == 6, o_user[:, None], b_row)  # (USERS, 8)
 
-    last_tile = tl.where(o_user < B, (length - 1) >> shift, -1)
+    last_tile = last_tile_of(o_user, length, B, shift, more_than, at_most)
     is_earlier = (o_user[None, :] < o_user[:, None]) & (last_tile[None, :] == last_tile[:, None])
     num_earlier = tl.sum(is_earlier.to(tl.int32), 1).to(SUM)  # users of the same class before it in the group
 
@@ -147,7 +163,7 @@ def jagged_tile_lists_kernel(
         highest = tl.max(b_chunk, 0)
         if not ONE_CHUNK:
             for i_chunk in range(CHUNK, B, CHUNK):
-                b_more = load_last_tiles(p_offsets, i_chunk, B, total, max_seqlen, shift, CHUNK)
+                b_more = load_last_tiles(p_offsets, i_chunk, B, total, max_seqlen, shift, more_than, at_most, CHUNK)
                 highest = tl.maximum(highest, tl.max(b_more, 0))
         first_step = STEPS - 1 - tl.maximum(highest, 0) // CLASSES
     for i_step in range(first_step, STEPS):  # the highest classes first
@@ -156,7 +172,7 @@ def jagged_tile_lists_kernel(
         counts = count_classes(b_chunk, o_chunk < first_user, first_class, CLASSES)
         if not ONE_CHUNK:
             for i_chunk in range(CHUNK, B, CHUNK):
-                b_more = load_last_tiles(p_offsets, i_chunk, B, total, max_seqlen, shift, CHUNK)
+                b_more = load_last_tiles(p_offsets, i_chunk, B, total, max_seqlen, shift, more_than, at_most, CHUNK)
                 counts += count_classes(b_more, i_chunk + o_chunk < first_user, first_class, CLASSES)
         before, after = tl.split(tl.reshape(counts, (CLASSES, 2)))
         before, count = before.to(SUM), (before + after).to(SUM)
@@ -201,6 +217,8 @@ def tile_lists_op(
     other_max_seqlen: int,
     blocks: list[int],
     descending: list[bool],
+    more_than: list[int],
+    at_most: list[int],
     by_tile: bool,
     keys_are_other: bool,
 ) -> Tensor:
@@ -211,6 +229,7 @@ def tile_lists_op(
         other_offsets, other_total, other_max_seqlen: of the other side; None and any numbers in self attention.
         blocks: rows of a tile, powers of two, one per list.
         descending: for each list whether the last tile of a user has the least work, not the first. Matters by_tile.
+        more_than, at_most: for each list the users that are on it, by length: more than the first, not more than the other.
         by_tile: whether the work of a tile depends on its index rather than on its user's length.
         keys_are_other: cross attention, and the tiles are of queries.
     """
@@ -219,7 +238,7 @@ def tile_lists_op(
         raise ValueError(f"a batch may have at most {MAX_ROWS} rows; got {max(total, other_total)}")
     require_triton(offsets.device)
     num_users = offsets.shape[0] - 1
-    capacities = [tile_capacity(total, num_users, block) for block in blocks]
+    capacities = [tile_capacity(total, num_users, *pair) for pair in zip(blocks, at_most, strict=True)]
     lists = offsets.new_empty((sum(capacities), COLUMNS), dtype=torch.int32)
     if lists.numel() == 0:
         return lists
@@ -244,6 +263,8 @@ def tile_lists_op(
             other_max_seqlen,
             SHIFTS=tuple(block.bit_length() - 1 for block in blocks),
             DESCENDING=tuple(descending),
+            MORE_THAN=tuple(more_than),
+            AT_MOST=tuple(at_most),
             BY_TILE=by_tile,
             HAS_OTHER=other_offsets is not None,
             HAS_TARGETS=num_targets is not None,
@@ -283,22 +304,37 @@ def _tile_lists_fake(
     other_total: int,
     other_max_seqlen: int,
     blocks: list[int],
+    descending: list[bool],
+    more_than: list[int],
+    at_most: list[int],
     *_: object,
 ) -> Tensor:
-    rows = sum(tile_capacity(total, offsets.shape[0] - 1, block) for block in blocks)
+    rows = sum(tile_capacity(total, offsets.shape[0] - 1, *pair) for pair in zip(blocks, at_most, strict=True))
     return offsets.new_empty((rows, COLUMNS), dtype=torch.int32)
 
 
-def tile_capacity(total: int, num_users: int, block: int) -> int:
-    """Rows of a list: the most tiles that `num_users` users with `total` tokens together can have."""
-    return total // block + torch.sym_min(num_users, total)
+def tile_capacity(total: int, num_users: int, block: int, at_most: int = MAX_ROWS) -> int:
+    """Rows of a list: the most tiles that `num_users` users with `total` tokens together, `at_most` each, can have."""
+    most_users = torch.sym_min(num_users, total)
+    return most_users if at_most <= block else total // block + most_users
+
+
+@dataclass(frozen=True)
+class ListSpec:
+    """Which list: of the tiles of queries or of keys, how many rows a tile has, and of which users."""
+
+    of_keys: bool
+    block: int
+    causal: bool
+    more_than: int = 0
+    at_most: int = MAX_ROWS
 
 
 class Schedule:
     """Where the tiles of a batch are: made once per batch, shared by all layers, by forward and backward.
 
     Nothing waits for the GPU. A list is made when it is first asked for and then kept, so one object serves one batch;
-    `prepare` makes several lists with one launch.
+    `for_training` makes all of a forward and a backward with one launch.
 
     Args:
         offsets: `(B + 1,)` int32 or int64, ascending from 0 to total: where users' queries are.
@@ -342,54 +378,73 @@ class Schedule:
         if key_offsets is not None and total_keys is not None and max_key_seqlen is not None:
             _check_side("key_offsets", key_offsets, "total_keys", total_keys, "max_key_seqlen", max_key_seqlen)
             self.keys = (key_offsets, total_keys, max_key_seqlen)
-        self._lists: dict[tuple[bool, int, bool], Tensor] = {}
+        self._lists: dict[ListSpec, Tensor] = {}
 
-    def query_tiles(self, blocks: Sequence[int], causal: bool) -> list[Tensor]:
-        """One (capacity, 8) list per block of the tiles of queries; causal, a late query has the most work."""
-        self.prepare(query_blocks=blocks, causal=causal)
-        return [self._lists[self._key(False, block, causal)] for block in blocks]
-
-    def key_tiles(self, blocks: Sequence[int], causal: bool) -> list[Tensor]:
-        """One (capacity, 8) list per block of the tiles of keys; causal, an early key has the most work."""
-        self.prepare(key_blocks=blocks, causal=causal)
-        return [self._lists[self._key(True, block, causal)] for block in blocks]
-
-    def prepare(self, *, query_blocks: Iterable[int] = (), key_blocks: Iterable[int] = (), causal: bool) -> None:
-        """Make the lists that are missing, with one launch (cross attention: one for queries and one for keys).
+    def query_tiles(self, blocks: Sequence[int], causal: bool, more_than: int = 0) -> list[Tensor]:
+        """One (capacity, 8) list per block of the tiles of queries; causal, a late query has the most work.
 
         Args:
-            query_blocks, key_blocks: rows of a tile, powers of two from 16.
+            blocks: rows of a tile, powers of two from 16.
             causal: whether work depends on a tile's place in its user, rather than on the user's length alone.
+            more_than: only users longer than that.
         """
-        wanted = [self._key(False, block, causal) for block in query_blocks]
-        wanted += [self._key(True, block, causal) for block in key_blocks]
-        missing = [key for key in dict.fromkeys(wanted) if key not in self._lists]
-        if self.is_cross:
-            self._make([key for key in missing if not key[0]], causal)
-            self._make([key for key in missing if key[0]], causal)
-        else:
-            self._make(missing, causal)
+        return self.lists([self._spec(False, block, causal, more_than) for block in blocks])
 
-    def _key(self, of_keys: bool, block: int, causal: bool) -> tuple[bool, int, bool]:
-        """What tells lists apart. In self attention without a causal mask those of queries serve as those of keys."""
+    def key_tiles(self, blocks: Sequence[int], causal: bool, more_than: int = 0) -> list[Tensor]:
+        """One (capacity, 8) list per block of the tiles of keys; causal, an early key has the most work."""
+        return self.lists([self._spec(True, block, causal, more_than) for block in blocks])
+
+    def for_training(self, forward: int, dq: int, dkv: int, whole: int, causal: bool) -> list[Tensor]:
+        """All lists of a forward and a backward, with one launch (cross attention: one for queries, one for keys).
+
+        Args:
+            forward, dq: rows of a tile of queries; the list of all users, and of those longer than `whole`.
+            dkv: rows of a tile of keys, of users longer than `whole`.
+            whole: users of at most that many tokens are on the last list instead; 0: none are, in cross attention always.
+            causal: as for `query_tiles`.
+        """
+        whole = 0 if self.is_cross else whole
+        specs = [
+            self._spec(False, forward, causal),
+            self._spec(False, dq, causal, whole),
+            self._spec(True, dkv, causal, whole),
+        ]
+        if whole:
+            specs.append(ListSpec(False, whole, causal, 0, whole))
+        lists = self.lists(specs)
+        return lists if whole else [*lists, lists[0][:0]]
+
+    def lists(self, specs: Sequence[ListSpec]) -> list[Tensor]:
+        """The lists asked for; those that are missing are made with one launch, in cross attention with two."""
+        missing = [spec for spec in dict.fromkeys(specs) if spec not in self._lists]
+        if self.is_cross:
+            self._make([spec for spec in missing if not spec.of_keys])
+            self._make([spec for spec in missing if spec.of_keys])
+        else:
+            self._make(missing)
+        return [self._lists[spec] for spec in specs]
+
+    def _spec(self, of_keys: bool, block: int, causal: bool, more_than: int = 0) -> ListSpec:
+        """In self attention without a causal mask the lists of queries serve as those of keys."""
         if block < MIN_BLOCK or block & (block - 1):
             raise ValueError(f"a tile must have a power of two of rows, at least {MIN_BLOCK}; got {block}")
-        return (of_keys and (causal or self.is_cross), block, causal)
+        return ListSpec(of_keys and (causal or self.is_cross), block, causal, more_than)
 
-    def _make(self, keys: list[tuple[bool, int, bool]], causal: bool) -> None:
-        if not keys:
+    def _make(self, specs: Sequence[ListSpec]) -> None:
+        if not specs:
             return
-        blocks = [key[1] for key in keys]
-        descending = [key[0] and causal for key in keys]  # a late query has the most work, but an early key
-        of_keys = self.is_cross and keys[0][0]
+        blocks, at_most = [spec.block for spec in specs], [spec.at_most for spec in specs]
+        descending = [spec.of_keys and spec.causal for spec in specs]  # a late query has the most work, but an early key
+        of_keys = self.is_cross and specs[0].of_keys
         own, other = (self.keys, self.queries) if of_keys else (self.queries, self.keys)
         other_offsets = other[0] if self.is_cross else None
         keys_are_other = self.is_cross and not of_keys
         lists = tile_lists_op(
-            own[0], other_offsets, self.num_targets, *own[1:], *other[1:], blocks, descending, causal, keys_are_other
-        )
-        sizes = [tile_capacity(own[1], self.num_users, block) for block in blocks]
-        self._lists.update(zip(keys, lists.split(sizes), strict=True))
+            own[0], other_offsets, self.num_targets, *own[1:], *other[1:], blocks, descending,
+            [spec.more_than for spec in specs], at_most, specs[0].causal, keys_are_other,
+        )  # fmt: skip
+        sizes = [tile_capacity(own[1], self.num_users, *pair) for pair in zip(blocks, at_most, strict=True)]
+        self._lists.update(zip(specs, lists.split(sizes), strict=True))
 
 
 def _check_side(name: str, offsets: Tensor, total_name: str, total: int, max_seqlen_name: str, max_seqlen: int) -> None:

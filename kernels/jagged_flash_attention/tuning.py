@@ -45,6 +45,8 @@ class Tiles:
     forward: Tile
     dkv: Tile
     dq: Tile
+    short: Tile | None = None
+    """Users of at most block_m tokens have their backward in one pass; None: there is no such pass."""
 
 
 # Greatest padded head dim each row serves -> tiles, from small to large.
@@ -72,7 +74,7 @@ PORTABLE_32BIT: TileTable = {
 }
 
 # Small, and no two block sizes alike, so that short test sequences reach every loop of the kernels.
-INTERPRETER = Tiles(forward=Tile(32, 16, 1, 1), dkv=Tile(16, 32, 1, 1), dq=Tile(16, 32, 1, 1))
+INTERPRETER = Tiles(forward=Tile(32, 16, 1, 1), dkv=Tile(16, 32, 1, 1), dq=Tile(16, 32, 1, 1), short=Tile(16, 16, 1, 1))
 
 
 def select_table(dtype: torch.dtype, compute_capability: tuple[int, int]) -> TileTable:
