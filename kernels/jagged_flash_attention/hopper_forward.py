@@ -349,98 +349,34 @@ def hopper_forward_kernel(
     if HAS_LOADER:
         gl.warp_specialize(
             [
-                (
-                    attend_partition,
-                    (
-                        descs,
-                        slots,
-                        barriers,
-                        coordinates,
-                        memory,
-                        sizes,
-                        H,
-                        D,
-                        BN,
-                        STAGES,
-                        CAUSAL,
-                        HAS_TARGETS,
-                        TAKE_TURNS,
-                        False,
-                        0,
-                    ),
-                ),
-                (
-                    attend_partition,
-                    (
-                        descs,
-                        slots,
-                        barriers,
-                        coordinates,
-                        memory,
-                        sizes,
-                        H,
-                        D,
-                        BN,
-                        STAGES,
-                        CAUSAL,
-                        HAS_TARGETS,
-                        TAKE_TURNS,
-                        False,
-                        1,
-                    ),
-                ),
+                (attend_partition, (
+                    descs, slots, barriers, coordinates, memory, sizes,
+                    H, D, BN, STAGES, CAUSAL, HAS_TARGETS, TAKE_TURNS, False, 0,
+                )),
+                (attend_partition, (
+                    descs, slots, barriers, coordinates, memory, sizes,
+                    H, D, BN, STAGES, CAUSAL, HAS_TARGETS, TAKE_TURNS, False, 1,
+                )),
                 (load_partition, (descs, slots, barriers, coordinates, BN, STAGES)),
             ],
             [4, 1],
             [GROUP_REGISTERS, 24],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    attend_partition,
-                    (
-                        descs,
-                        slots,
-                        barriers,
-                        coordinates,
-                        memory,
-                        sizes,
-                        H,
-                        D,
-                        BN,
-                        STAGES,
-                        CAUSAL,
-                        HAS_TARGETS,
-                        TAKE_TURNS,
-                        True,
-                        0,
-                    ),
-                ),
-                (
-                    attend_partition,
-                    (
-                        descs,
-                        slots,
-                        barriers,
-                        coordinates,
-                        memory,
-                        sizes,
-                        H,
-                        D,
-                        BN,
-                        STAGES,
-                        CAUSAL,
-                        HAS_TARGETS,
-                        TAKE_TURNS,
-                        False,
-                        1,
-                    ),
-                ),
+                (attend_partition, (
+                    descs, slots, barriers, coordinates, memory, sizes,
+                    H, D, BN, STAGES, CAUSAL, HAS_TARGETS, TAKE_TURNS, True, 0,
+                )),
+                (attend_partition, (
+                    descs, slots, barriers, coordinates, memory, sizes,
+                    H, D, BN, STAGES, CAUSAL, HAS_TARGETS, TAKE_TURNS, False, 1,
+                )),
             ],
             [4],
             [GROUP_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
