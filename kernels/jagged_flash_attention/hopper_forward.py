@@ -444,7 +444,9 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
 def _fits_tma(x: Tensor) -> bool:
     """Whether `(L, H, D)` can be read as a matrix of L rows, 16 bytes at a time."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    is_aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    last_column = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    return is_aligned and x.stride(-1) == 1 and last_column < 2**31
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
