@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.jagged_flash_attention.schedule import Schedule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 256)  # least and greatest
 PRECISIONS = ("ieee", "tf32")
+CHECK_OFFSETS_VARIABLE = "KERNELS_CHECK_OFFSETS"
 
 
 def check_inputs(
@@ -66,10 +73,40 @@ def check_options(q: Tensor, dropout_p: float, seed: Tensor | None, precision: s
         raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != q.device):
         raise ValueError(
-            f"seed must be one int64 of shape (1,) on {q.device}, got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            f"seed must be one int64 of shape (1,) on {q.device}, "
+            f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
         )
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_schedule(
+    schedule: Schedule,
+    q: Tensor,
+    k: Tensor,
+    offsets: Tensor,
+    max_seqlen: int,
+    num_targets: Tensor | None,
+    key_offsets: Tensor | None,
+    max_key_seqlen: int | None,
+) -> None:
+    """That it was made for these arguments, as far as the host can tell; ValueError."""
+    (own, total, longest), (_, total_keys, longest_keys) = schedule.queries, schedule.keys
+    facts = {
+        "users": (schedule.num_users, offsets.shape[0] - 1),
+        "total": (total, q.shape[0]),
+        "max_seqlen": (longest, max_seqlen),
+        "num_targets given": (schedule.num_targets is not None, num_targets is not None),
+        "key_offsets given": (schedule.is_cross, key_offsets is not None),
+        "total_keys": (total_keys, k.shape[0]),
+        "max_key_seqlen": (longest_keys, max_seqlen if max_key_seqlen is None else max_key_seqlen),
+        "device": (own.device, offsets.device),
+    }
+    for name, (made_for, called_with) in facts.items():
+        if made_for != called_with:
+            raise ValueError(
+                f"the schedule is not of this batch: it was made for {name} = {made_for}, the call has {called_with}"
+            )
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, is_cross: bool) -> None:
@@ -99,19 +136,33 @@ def _check_index_vector(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_offsets(offsets: Tensor, max_seqlen: int, total: int, num_targets: Tensor | None = None) -> None:
-    """Check the values; ValueError says which user is wrong. Waits for the GPU."""
+def checks_values(device: torch.device) -> bool:
+    """Whether values of offsets are looked at: always on a CPU; on CUDA, where it means waiting, only when asked."""
+    return device.type != "cuda" or os.environ.get(CHECK_OFFSETS_VARIABLE) == "1"
+
+
+def check_offsets(
+    offsets: Tensor, max_seqlen: int, total: int, num_targets: Tensor | None = None, *, of_keys: bool = False
+) -> None:
+    """Check the values; ValueError says which user is wrong. Waits for the GPU.
+
+    Args:
+        offsets, max_seqlen, num_targets: as for `jagged_flash_attention`.
+        total: rows that the offsets have to cover.
+        of_keys: whether they are its `key_offsets` and `max_key_seqlen`, for the message.
+    """
+    name, limit = ("key_offsets", "max_key_seqlen") if of_keys else ("offsets", "max_seqlen")
     bounds = offsets.detach().to("cpu", torch.int64)
     lengths = bounds.diff()
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(
-            f"offsets go from {int(bounds[0])} to {int(bounds[-1])}; they must go from 0 to the number of rows, {total}"
+            f"{name} go from {int(bounds[0])} to {int(bounds[-1])}; they must go from 0 to the number of rows, {total}"
         )
-    _raise_for_first(lengths < 0, lengths, "offsets descend: user {user} would have {value} tokens")
+    _raise_for_first(lengths < 0, lengths, f"{name} descend: user {{user}} would have {{value}} tokens")
     _raise_for_first(
         lengths > max_seqlen,
         lengths,
-        f"user {{user}} has {{value}} tokens, more than max_seqlen={max_seqlen}",
+        f"user {{user}} has {{value}} {'keys' if of_keys else 'tokens'}, more than {limit}={max_seqlen}",
     )
     if num_targets is not None:
         targets = num_targets.detach().to("cpu", torch.int64)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged_flash_attention.backward import launch_backward
-from kernels.jagged_flash_attention.checks import check_inputs, check_options
+from kernels.jagged_flash_attention.checks import check_inputs, check_options, check_schedule
 from kernels.jagged_flash_attention.forward import launch_forward
 from kernels.jagged_flash_attention.launch import INTERPRETED, Call, readable_in_place, require_triton
 from kernels.jagged_flash_attention.schedule import Schedule
@@ -46,36 +46,38 @@ def jagged_flash_attention(
         1 1 1 1 1 0   1 1 1 1 1 0        1 1 1 1 1 0   candidate
         1 1 1 1 0 1   1 1 1 1 0 1        1 1 1 1 0 1   candidate
 
-    With `key_offsets` it is cross attention: the keys of user b are rows key_offsets[b] ... key_offsets[b + 1] of k and v,
-    and each of its queries sees all of them; the output of a user without keys is zero.
+    With `key_offsets` it is cross attention: the keys of user b are rows key_offsets[b] ... key_offsets[b + 1] of k
+    and v, and each of its queries sees all of them; the output of a user without keys is zero.
 
     Args:
         q: `(L, H, D)`, float32, float16 or bfloat16, 16 <= D <= 256.
-        k, v: `(L, H / G, D)`, in cross attention `(keys, H / G, D)`: key head i serves the query heads i G ... i G + G - 1
-            (grouped queries; G = 1 in the usual case). Slices of one projection are fine: any strides with a contiguous
-            last dimension are read in place, others are copied.
+        k, v: `(L, H / G, D)`, in cross attention `(keys, H / G, D)`: key head i serves the query heads i G to
+            i G + G - 1 (grouped queries; G = 1 in the usual case). Slices of one projection are fine: any strides with
+            a contiguous last dimension are read in place, others are copied.
         offsets: `(B + 1,)` int32 or int64 on the same device, ascending from 0 to L. Empty users are allowed.
         max_seqlen: at least the longest length in tokens; a host integer, so that nothing waits for the GPU.
         causal: whether history sees only what came before it.
         window: how many tokens history sees, itself included (on each side when not causal); None: all.
         num_targets: `(B,)` int32 or int64, candidates at the end of each user, between 0 and its length.
-        key_offsets, max_key_seqlen: as offsets and max_seqlen, of the keys, for cross attention. Then causal must be False,
-            window and num_targets None.
+        key_offsets, max_key_seqlen: as offsets and max_seqlen, of the keys, for cross attention. Then causal must be
+            False, window and num_targets None.
         scale: of the scores; None: D ** -0.5.
         dropout_p: probability, 0 <= p < 1, of dropping a pair of query and key after the softmax.
-        seed: `(1,)` int64 on the same device: the dropped pairs follow from it (`dropout_mask`). None: drawn from torch's
-            generator of the device.
+        seed: `(1,)` int64 on the same device: the dropped pairs follow from it (`dropout_mask`). None: drawn from
+            torch's generator of the device.
         precision: of float32 products: "ieee", or "tf32" for tensor cores with 10 bits of mantissa.
-        schedule: of these offsets, targets and key offsets; one for all layers of a batch. None: made here.
+        schedule: of these offsets, targets and key offsets; one for all layers of a batch. None: made here, so that it
+            serves this call and its backward.
 
     Returns:
-        `(L, H, D)`, contiguous, in the dtype of q. Scores, softmax and sums are float32 whatever that is. The same inputs
-        give the same bits, gradients included.
+        `(L, H, D)`, contiguous, in the dtype of q. Scores, softmax and sums are float32 whatever that is. The same
+        inputs give the same bits, gradients included.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or numbers that don't fit. Values of `offsets` and
-            `num_targets` are checked on a CPU, and on CUDA if KERNELS_CHECK_OFFSETS=1 (it waits for the GPU);
-            otherwise, wrong ones on CUDA give undefined results, but touch no memory outside the tensors.
+        ValueError: on shapes, dtypes, devices or numbers that don't fit. Values of `offsets`, `key_offsets` and
+            `num_targets` are checked on a CPU, and on CUDA if KERNELS_CHECK_OFFSETS=1 (it waits for the GPU), unless a
+            `schedule` made without `check_values` is given; wrong ones that nobody checked give undefined results, but
+            touch no memory outside the tensors.
         RuntimeError: when the tensors are not on CUDA and Triton isn't interpreting.
 
     FlashAttention-2 (Dao, 2023), on jagged sequences.
@@ -94,8 +96,10 @@ def jagged_flash_attention(
         schedule = Schedule(
             offsets, q.shape[0], max_seqlen, num_targets=num_targets,
             key_offsets=key_offsets, total_keys=None if key_offsets is None else k.shape[0],
-            max_key_seqlen=max_key_seqlen,
+            max_key_seqlen=max_key_seqlen, check_values=True,
         )  # fmt: skip
+    else:
+        check_schedule(schedule, q, k, offsets, max_seqlen, num_targets, key_offsets, max_key_seqlen)
     tiles = choose_tiles(q.shape[-1], q.dtype, q.device)
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     lists = _tile_lists(schedule, tiles, causal, has_gradient)
@@ -104,7 +108,7 @@ def jagged_flash_attention(
 
 
 def _tile_lists(schedule: Schedule, tiles: Tiles, causal: bool, has_gradient: bool) -> list[Tensor]:
-    """Of the forward, of dq, of dk and dv, and of short users' backward; without a gradient only the first is needed."""
+    """Of the forward, of dq, of dk and dv, of short users' backward; without a gradient only the first is needed."""
     forward = tiles.forward.block_m
     if not has_gradient:
         return schedule.query_tiles([forward], causal) * 4
@@ -143,7 +147,8 @@ def _forward_op(
     require_triton(q.device)
     call = Call(causal, window, has_targets, scale, dropout_p, seed, precision)
     tile = choose_tiles(q.shape[-1], q.dtype, q.device).forward
-    out, lse = launch_forward(*_interpretable((q, k, v)), forward_tiles, call, tile)
+    q_, k_, v_ = _interpretable((q, k, v))
+    out, lse = launch_forward(q_, k_, v_, forward_tiles, call, tile)
     return out.to(q.dtype), lse
 
 

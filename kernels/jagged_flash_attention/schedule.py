@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.jagged_flash_attention.checks import check_offsets, checks_values
 from kernels.jagged_flash_attention.launch import INTERPRETED, launch_on, require_triton
 
 COLUMNS = 8
@@ -221,6 +222,7 @@ def tile_lists_op(
     at_most: list[int],
     by_tile: bool,
     keys_are_other: bool,
+    check_values: bool = False,
 ) -> Tensor:
     """The lists of all blocks one after another, (sum of their capacities, 8) int32, in one launch.
 
@@ -232,10 +234,17 @@ def tile_lists_op(
         more_than, at_most: for each list the users that are on it, by length: more than the first, not more than the other.
         by_tile: whether the work of a tile depends on its index rather than on its user's length.
         keys_are_other: cross attention, and the tiles are of queries.
+        check_values: as for Schedule.
     """
     # Here and not in Schedule, because under torch.export that would bound a dynamic total.
     if max(total, other_total) > MAX_ROWS:
         raise ValueError(f"a batch may have at most {MAX_ROWS} rows; got {max(total, other_total)}")
+    # Likewise: under torch.compile the tensors are real only here.
+    if check_values and checks_values(offsets.device):
+        of_keys = other_offsets is not None and not keys_are_other
+        check_offsets(offsets, max_seqlen, total, num_targets, of_keys=of_keys)
+        if other_offsets is not None:
+            check_offsets(other_offsets, other_max_seqlen, other_total, of_keys=not of_keys)
     require_triton(offsets.device)
     num_users = offsets.shape[0] - 1
     capacities = [tile_capacity(total, num_users, *pair) for pair in zip(blocks, at_most, strict=True)]
@@ -343,11 +352,13 @@ class Schedule:
         num_targets: `(B,)` int32 or int64, candidates at the end of each user; self attention only.
         key_offsets: `(B + 1,)`, like offsets, for cross attention; None: the queries are the keys.
         total_keys, max_key_seqlen: like total and max_seqlen; needed with key_offsets, and only then.
+        check_values: whether wrong values in the tensors raise ValueError when lists are asked for: on a CPU, and on
+            CUDA if KERNELS_CHECK_OFFSETS=1, because it waits for the GPU.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or numbers that don't fit. The values of the tensors are not looked at;
-            wrong ones give wrong lists, but none that points outside 0 ... total or past max_seqlen. A total past
-            2^31 is refused when lists are asked for.
+        ValueError: on shapes, dtypes, devices or numbers that don't fit. Wrong values that nobody checked give wrong
+            lists, but none that points outside 0 ... total or past max_seqlen. A total past 2^31 is refused when lists
+            are asked for.
         RuntimeError: when lists are asked for and the tensors are not on CUDA and Triton isn't interpreting.
     """
 
@@ -361,6 +372,7 @@ class Schedule:
         key_offsets: Tensor | None = None,
         total_keys: int | None = None,
         max_key_seqlen: int | None = None,
+        check_values: bool = False,
     ) -> None:
         self.is_cross = key_offsets is not None
         if self.is_cross != (total_keys is not None) or self.is_cross != (max_key_seqlen is not None):
@@ -373,6 +385,7 @@ class Schedule:
         _check_partner("num_targets", num_targets, offsets, num_users)
         self.num_users = num_users
         self.num_targets = num_targets
+        self.check_values = check_values
         self.queries = (offsets, total, max_seqlen)
         self.keys = self.queries
         if key_offsets is not None and total_keys is not None and max_key_seqlen is not None:
@@ -442,6 +455,7 @@ class Schedule:
         lists = tile_lists_op(
             own[0], other_offsets, self.num_targets, *own[1:], *other[1:], blocks, descending,
             [spec.more_than for spec in specs], at_most, specs[0].causal, keys_are_other,
+            self.check_values,
         )  # fmt: skip
         sizes = [tile_capacity(own[1], self.num_users, *pair) for pair in zip(blocks, at_most, strict=True)]
         self._lists.update(zip(specs, lists.split(sizes), strict=True))

@@ -11,7 +11,10 @@ HEAD_DIMS = range(16, 257)
 
 
 class JaggedFlash(AttentionBackend):
-    """`kernels.jagged_flash_attention`: softmax attention over the real tokens only."""
+    """`kernels.jagged_flash_attention`: softmax attention over the real tokens only.
+
+    All layers of a step, forward and backward, share one schedule, the list of the tiles that exist.
+    """
 
     name = "jagged_flash"
     summary = "our fused Triton kernel"
@@ -29,8 +32,6 @@ class JaggedFlash(AttentionBackend):
             return f"q, k, v are {request.dtype}, it takes float32, float16 and bfloat16"
         if request.head_dim not in HEAD_DIMS:
             return f"the head dim is {request.head_dim}, it takes {HEAD_DIMS.start} to {HEAD_DIMS.stop - 1}"
-        if request.dropout_p > 0.0:
-            return f"dropout_p is {request.dropout_p}, it has no dropout"
         return None
 
     def attend(
@@ -43,8 +44,19 @@ class JaggedFlash(AttentionBackend):
         scale: float,
         dropout_p: float,
     ) -> Tensor:
-        from kernels.jagged_flash_attention import jagged_flash_attention
+        from kernels.jagged_flash_attention import Schedule, jagged_flash_attention
 
+        schedule = layout.cached(
+            "jagged_flash_schedule",
+            mask,
+            lambda: Schedule(
+                layout.offsets,
+                layout.total,
+                layout.max_seqlen,
+                num_targets=mask.num_targets,
+                check_values=True,
+            ),
+        )
         return jagged_flash_attention(
             q,
             k,
@@ -55,4 +67,6 @@ class JaggedFlash(AttentionBackend):
             window=mask.window,
             num_targets=mask.num_targets,
             scale=scale,
+            dropout_p=dropout_p,
+            schedule=schedule,
         )
