@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # `@triton.jit` decides when it decorates whether a kernel is compiled or interpreted, so this is read once,
@@ -38,16 +39,29 @@ def require_triton(device: torch.device) -> None:
         raise RuntimeError(reason)
 
 
-@contextlib.contextmanager
-def launch_on(device: torch.device) -> Iterator[None]:
+def launch_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make `device` current, since that is where Triton launches."""
-    with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-        if INTERPRETED:  # NumPy warns of 0 / 0 in rows past a user's end, which are computed and never stored
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", RuntimeWarning)
+    if INTERPRETED:
+        return _quiet_interpreter()
+    if torch.cuda.current_device() == device.index:  # the usual case, in a fraction of the time
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+@contextlib.contextmanager
+def _quiet_interpreter() -> Iterator[None]:
+    """Without NumPy's warnings of 0 / 0 in rows past a user's end, which are computed and never stored."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
         yield
+
+
+def is_traced() -> bool:
+    """Whether somebody records operators (torch.compile, torch.export, fake tensors, a counter of FLOPs).
+
+    Only then do calls have to go through `torch.library` operators, which cost the host more than a short kernel takes.
+    """
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.checks import check_inputs, check_options, check_schedule
 from kernels.jagged_flash_attention.forward import launch_forward
-from kernels.jagged_flash_attention.launch import INTERPRETED, Call, readable_in_place, require_triton
+from kernels.jagged_flash_attention.launch import INTERPRETED, Call, is_traced, readable_in_place, require_triton
 from kernels.jagged_flash_attention.schedule import Schedule
 from kernels.jagged_flash_attention.tuning import Tiles, choose_tiles
 
@@ -103,7 +106,13 @@ def jagged_flash_attention(
     tiles = choose_tiles(q.shape[-1], q.dtype, q.device)
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     lists = _tile_lists(schedule, tiles, causal, has_gradient)
-    out, _ = _forward_op(q, k, v, *lists, seed, causal, window, num_targets is not None, scale, dropout_p, precision)
+    arguments = (q, k, v, *lists, seed, causal, window, num_targets is not None, scale, dropout_p, precision)
+    if is_traced():
+        out, _ = _forward_op(*arguments)
+        return out
+    require_triton(q.device)
+    out = _Attention.apply(*arguments)
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -127,8 +136,7 @@ def _interpretable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.float() if x.dtype == torch.bfloat16 else x for x in tensors)
 
 
-@torch.library.custom_op("recsys_kernels::jagged_flash_attention", mutates_args=())
-def _forward_op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -152,8 +160,7 @@ def _forward_op(
     return out.to(q.dtype), lse
 
 
-@torch.library.custom_op("recsys_kernels::jagged_flash_attention_backward", mutates_args=())
-def _backward_op(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -179,6 +186,31 @@ def _backward_op(
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, _forward_tiles, dq_tiles, dkv_tiles, short_users, seed, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, dq_tiles, dkv_tiles, short_users, seed)
+    ctx.options = options
+
+
+class _Attention(torch.autograd.Function):
+    """Forward and backward without an operator in between."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out, lse = _forward(*inputs)
+        _save(ctx, inputs, (out, lse))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 11)
+
+
+_forward_op = torch.library.custom_op("recsys_kernels::jagged_flash_attention", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("recsys_kernels::jagged_flash_attention_backward", _backward, mutates_args=())
+
+
 @_forward_op.register_fake
 def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     L, H, _D = q.shape
@@ -190,17 +222,13 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) ->
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    q, k, v, _forward_tiles, dq_tiles, dkv_tiles, short_users, seed, *options = inputs
-    out, lse = output
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # the log-sum-exp is not public: don't make zeros for its gradient
-    ctx.save_for_backward(q, k, v, out, lse, dq_tiles, dkv_tiles, short_users, seed)
-    ctx.options = options  # type: ignore[attr-defined]
+    _save(ctx, inputs, output)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _backward_op(dout, *ctx.saved_tensors, *ctx.options)  # type: ignore[attr-defined]
-    return (dq, dk, dv, *[None] * 11)
+def _op_backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 11)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)

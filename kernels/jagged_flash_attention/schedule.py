@@ -30,9 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jagged_flash_attention.checks import check_offsets, checks_values
-from kernels.jagged_flash_attention.launch import INTERPRETED, launch_on, require_triton
+from kernels.jagged_flash_attention.launch import INTERPRETED, is_traced, launch_on, require_triton
 
 COLUMNS = 8
+BY_TILE = True
 MIN_BLOCK = 16
 MAX_ROWS = 2**31 - 1  # a list holds int32
 MAX_INT32_SUM = 2**31 - 1
@@ -207,8 +208,7 @@ def jagged_tile_lists_kernel(
         tl.store(p_row, tl.zeros([ZEROS, 8], dtype=tl.int32), mask=(o_row < capacity) & (o_column < 8))
 
 
-@torch.library.custom_op("recsys_kernels::jagged_tile_lists", mutates_args=())
-def tile_lists_op(
+def make_tile_lists(
     offsets: Tensor,
     other_offsets: Tensor | None,
     num_targets: Tensor | None,
@@ -301,6 +301,9 @@ def _program_shape(num_users: int, most_tiles: int) -> dict[str, Any]:
         "SUM": tl.int64 if num_users * num_classes > MAX_INT32_SUM else tl.int32,
         "num_warps": num_warps,
     }
+
+
+tile_lists_op = torch.library.custom_op("recsys_kernels::jagged_tile_lists", make_tile_lists, mutates_args=())
 
 
 @tile_lists_op.register_fake
@@ -447,14 +450,17 @@ class Schedule:
         if not specs:
             return
         blocks, at_most = [spec.block for spec in specs], [spec.at_most for spec in specs]
-        descending = [spec.of_keys and spec.causal for spec in specs]  # a late query has the most work, but an early key
+        by_tile = BY_TILE and specs[0].causal
+        # A late query has the most work, but an early key.
+        descending = [spec.causal and spec.of_keys is by_tile for spec in specs]
         of_keys = self.is_cross and specs[0].of_keys
         own, other = (self.keys, self.queries) if of_keys else (self.queries, self.keys)
         other_offsets = other[0] if self.is_cross else None
         keys_are_other = self.is_cross and not of_keys
-        lists = tile_lists_op(
+        make = tile_lists_op if is_traced() else make_tile_lists
+        lists = make(
             own[0], other_offsets, self.num_targets, *own[1:], *other[1:], blocks, descending,
-            [spec.more_than for spec in specs], at_most, specs[0].causal, keys_are_other,
+            [spec.more_than for spec in specs], at_most, by_tile, keys_are_other,
             self.check_values,
         )  # fmt: skip
         sizes = [tile_capacity(own[1], self.num_users, *pair) for pair in zip(blocks, at_most, strict=True)]
