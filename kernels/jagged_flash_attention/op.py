@@ -103,6 +103,7 @@ def jagged_flash_attention(
         )  # fmt: skip
     else:
         check_schedule(schedule, q, k, offsets, max_seqlen, num_targets, key_offsets, max_key_seqlen)
+    require_triton(q.device)
     tiles = choose_tiles(q.shape[-1], q.dtype, q.device)
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     lists = _tile_lists(schedule, tiles, causal, has_gradient)
@@ -110,7 +111,6 @@ def jagged_flash_attention(
     if is_traced():
         out, _ = _forward_op(*arguments)
         return out
-    require_triton(q.device)
     out = _Attention.apply(*arguments)
     assert isinstance(out, Tensor)
     return out
