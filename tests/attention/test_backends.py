@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from kernels.jagged_flash_attention import schedule
+from kernels.jagged_flash_attention.schedule import make_tile_lists
 from recsys.attention import AttentionBackend, JaggedLayout, MaskSpec, backends
 from tests.attention.cases import (
     MASKS,
@@ -133,16 +137,19 @@ def test_padding_behind_the_longest_user_changes_nothing(name: str, device: torc
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dense", "sdpa"])
+@pytest.mark.parametrize("name", ["dense", "sdpa", "jagged_flash"])
 def test_dropout_keeps_the_mean_and_only_acts_when_asked(name: str, device: torch.device) -> None:
     backend = usable(name, device)
-    users = Users((12,) * 40, (2,) * 40)
+    users = Users((30,) * 8, (4,) * 8)
     layout, mask = make_layout(users, device), make_mask(users, "candidates", device)
     inputs = make_inputs(layout.total, device, torch.float32)
     ones = torch.ones_like(inputs.v)
     torch.manual_seed(0)
     out = backend(inputs.q, inputs.k, ones, layout, mask, dropout_p=0.25)
     assert not torch.allclose(out, torch.ones_like(out))
+    assert not torch.equal(backend(inputs.q, inputs.k, ones, layout, mask, dropout_p=0.25), out)
+    torch.manual_seed(0)
+    assert torch.equal(backend(inputs.q, inputs.k, ones, layout, mask, dropout_p=0.25), out)
     assert out.mean().item() == pytest.approx(1.0, abs=0.03)
     torch.testing.assert_close(backend(inputs.q, inputs.k, ones, layout, mask), torch.ones_like(out))
 
@@ -176,6 +183,26 @@ def test_layers_of_a_step_share_the_mask() -> None:
     b = backends()["sdpa"](inputs.q, inputs.k, inputs.v, layout, wider)
     assert len(layout._cache) == 2
     assert not torch.equal(a, b)
+
+
+def test_layers_of_a_step_share_the_schedule(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
+    """One launch makes the tile lists of all layers, forward and backward; another mask has its own."""
+    num_launches = 0
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal num_launches
+        num_launches += 1
+        return make_tile_lists(*args)
+
+    monkeypatch.setattr(schedule, "make_tile_lists", counted)
+    backend, users = backends()["jagged_flash"], USERS["mixed"]
+    layout, mask = make_layout(users, kernel_device), make_mask(users, "candidates", kernel_device)
+    inputs = make_inputs(layout.total, kernel_device, torch.float32)
+    for _ in range(3):
+        outputs_of(backend, inputs, layout, mask)
+    assert num_launches == 1
+    outputs_of(backend, inputs, layout, make_mask(users, "causal", kernel_device))
+    assert num_launches == 2
 
 
 def test_a_mask_that_hides_nothing_more_is_dropped() -> None:
