@@ -9,8 +9,8 @@ of out:
     dv_j    = sum_i p_ij g_i                                 one program per tile of keys, over the queries that
     dk_j    = scale · sum_i p_ij (g_i·v_j - delta_i) q_i     see it
 
-(Dao, FlashAttention-2, 2023, algorithm 2.) The kernel of dq comes first and leaves delta for the other. Users that fit into
-one tile have a kernel of their own, in backward_short.py. Names: see tiles.py.
+(Dao, FlashAttention-2, 2023, algorithm 2.) The kernel of dq comes first and leaves delta for the other. Users that fit
+into one tile have a kernel of their own, in backward_short.py. Names: see tiles.py.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from kernels.jagged_flash_attention.tuning import Tiles
 
 @triton.jit  # pragma: no cover
 def self_gradient(
-    b_q, b_k, b_v, b_dout, b_lse, b_delta, scale_log2, seed, o_row, i_h, o_n, drop_below, keep_scale, DROPOUT: tl.constexpr
-):
+    b_q, b_k, b_v, b_dout, b_lse, b_delta, scale_log2, seed, o_row, i_h, o_n, drop_below, keep_scale,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
     """Of tokens that see themselves, row by row: probability that dv takes, gradient of the score; both (BLOCK,)."""
     b_p = tl.exp2(tl.sum(b_q * b_k, 1) * scale_log2 - b_lse)
     b_dp = tl.sum(b_dout * b_v, 1)
@@ -210,7 +211,8 @@ def dkv_kernel(
                 b_dk, b_dv, b_k, b_v, p_head_q, p_head_dout, desc_q, desc_dout,
                 p_head_lse, p_head_delta, stride_ql, stride_gl, i_n, begin, end, q_row, i_h * D, i_h * D,
                 num_queries, h, window, scale, scale_log2, seed, i_h, drop_below, keep_scale,
-                D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA, part != 1, HAS_WINDOW or part == 0,
+                D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA,
+                part != 1, HAS_WINDOW or part == 0,
             )  # fmt: skip
 
     if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
@@ -347,7 +349,7 @@ def dq_kernel(
     """dq and delta of one tile of BM queries of one user and head: the same walk over the keys as the forward."""
     pid = tl.program_id(0)
     i_h = pid % H
-    q_start, n, k_start, num_keys, i_tile, h = load_entry(p_tiles, pid // H)
+    q_start, n, k_start, _, i_tile, h = load_entry(p_tiles, pid // H)
     if n == 0:
         return
     i_m = i_tile * BM

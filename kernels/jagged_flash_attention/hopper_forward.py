@@ -19,7 +19,6 @@ it. Scores stay unscaled; the scale (in base 2) goes into the one fused multiply
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -36,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.jagged_flash_attention.launch import INTERPRETED, launch_on
+from kernels.jagged_flash_attention.launch import Call, grid_of, launch_on
 
 LOG2_E = math.log2(math.e)
 
@@ -421,32 +420,24 @@ CONFIGS: dict[int, tuple[HopperConfig, ...]] = {
 }
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, dropout_p: float, scale: float) -> bool:
-    """Whether `launch_hopper_forward` can do this call.
+def supports(q: Tensor, call: Call) -> bool:
+    """Whether `launch_hopper_forward` can do this self attention, by what is known while tracing too.
 
-    It takes CUDA tensors on compute capability 9.x, head dim 64 or 128, bfloat16 or float16, no window, no
-    dropout, a positive scale, and what TMA asks for: addresses and strides that are multiples of 16 bytes.
+    It takes head dim 64 or 128, bfloat16 or float16, no window and no dropout, on compute capability 9.x. Tensors that
+    TMA can't read as they lie are copied.
     """
-    if INTERPRETED or not q.is_cuda or _compute_capability(q.device)[0] != 9:
-        return False
-    if q.shape[-1] not in CONFIGS or q.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if window is not None or dropout_p > 0.0 or scale <= 0.0:
-        return False
-    return all(_fits_tma(x) for x in (q, k, v))
+    is_plain = call.window is None and call.dropout_p == 0.0
+    return is_plain and q.shape[-1] in CONFIGS and q.dtype in GLUON_DTYPES
 
 
-@functools.cache
-def _compute_capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _fits_tma(x: Tensor) -> bool:
-    """Whether `(L, H, D)` can be read as a matrix of L rows, 16 bytes at a time."""
+def _readable_by_tma(x: Tensor) -> Tensor:
+    """`(L, H, D)` that can be read as a matrix of L rows, 16 bytes at a time; a copy if x can't."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
     is_aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
     last_column = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-    return is_aligned and x.stride(-1) == 1 and last_column < 2**31
+    if is_aligned and x.stride(-1) == 1 and last_column < 2**31:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
@@ -458,42 +449,30 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def launch_hopper_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    has_targets: bool,
-    scale: float,
-    config: HopperConfig | None = None,
-) -> None:
-    """Self attention of every user in the tile list, into `out` and `lse`.
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, config: HopperConfig
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of self attention, as `launch_forward` gives them.
 
     Args:
         q: `(L, H, D)`, see `supports`.
-        k: `(L, H_kv, D)`, H a multiple of H_kv; query head i attends to head i // (H / H_kv).
-        v: like k.
-        tiles: `(capacity, 8)` int32, the tile list of the queries for blocks of `BLOCK` rows.
-        out: `(L, H, D)`, contiguous, in q's dtype.
-        lse: `(H, L)` float32, contiguous: base-2 log-sum-exp of the scaled scores.
-        causal: history tokens see no later token.
-        has_targets: the tile list may name fewer history tokens than tokens; the rest are candidates.
-        scale: of the scores, positive.
-        config: by default the first of `CONFIGS`.
+        k, v: `(L, H / G, D)`; query head i attends to key head i // G.
+        tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see schedule.py.
+        call: mask and scale.
+        config: how to compute it.
     """
     L, H, D = q.shape
-    config = CONFIGS[D][0] if config is None else config
-    num_programs = tiles.shape[0] * H
-    if num_programs == 0:
-        return
+    out = torch.empty((L, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((H, L), dtype=torch.float32, device=q.device)
+    if len(tiles) == 0:
+        return out, lse
+    q, k, v = (_readable_by_tma(x) for x in (q, k, v))
     with launch_on(q.device):
-        hopper_forward_kernel[(num_programs,)](
+        hopper_forward_kernel[grid_of(tiles, H)](
             _descriptor(q, BLOCK // 2), _descriptor(k, config.block_n), _descriptor(v, config.block_n),
             q, k, v, out, lse, tiles,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), L, scale * LOG2_E,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), L, call.scale * LOG2_E,
             H=H, HEADS_PER_KV=H // k.shape[1], D=D, BN=config.block_n, STAGES=config.num_stages,
-            CAUSAL=causal, HAS_TARGETS=has_targets, TAKE_TURNS=config.take_turns,
+            CAUSAL=call.causal, HAS_TARGETS=call.has_targets, TAKE_TURNS=config.take_turns,
             HAS_LOADER=config.has_loader, GROUP_REGISTERS=config.group_registers, num_warps=4, maxnreg=config.registers,
         )  # fmt: skip
+    return out, lse

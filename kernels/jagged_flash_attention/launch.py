@@ -1,4 +1,4 @@
-"""What every launcher needs to know: where Triton can run, on which device, how large the grid is, what is asked for."""
+"""What every launcher needs to know: where Triton can run, on which device, what is asked for, how large the grid."""
 
 from __future__ import annotations
 

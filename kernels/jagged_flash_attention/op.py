@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.checks import check_inputs, check_options, check_schedule
 from kernels.jagged_flash_attention.forward import launch_forward
+from kernels.jagged_flash_attention.hopper_forward import BLOCK as HOPPER_BLOCK
+from kernels.jagged_flash_attention.hopper_forward import launch_hopper_forward, supports
 from kernels.jagged_flash_attention.launch import INTERPRETED, Call, is_traced, readable_in_place, require_triton
 from kernels.jagged_flash_attention.schedule import Schedule
 from kernels.jagged_flash_attention.tuning import Tiles, choose_tiles
@@ -104,10 +106,17 @@ def jagged_flash_attention(
     else:
         check_schedule(schedule, q, k, offsets, max_seqlen, num_targets, key_offsets, max_key_seqlen)
     require_triton(q.device)
-    tiles = choose_tiles(q.shape[-1], q.dtype, q.device)
+    longest = max(max_seqlen, max_key_seqlen or 0)
+    tiles = choose_tiles(q.shape[-1], q.dtype, q.device, longest, causal)
+    call = Call(causal, window, num_targets is not None, scale, dropout_p, seed, precision)
+    for_hopper = tiles.hopper_forward is not None and key_offsets is None and supports(q, call)
+    forward_block = HOPPER_BLOCK if for_hopper else tiles.forward.block_m
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    lists = _tile_lists(schedule, tiles, causal, has_gradient)
-    arguments = (q, k, v, *lists, seed, causal, window, num_targets is not None, scale, dropout_p, precision)
+    lists = _tile_lists(schedule, forward_block, tiles, causal, has_gradient)
+    arguments = (
+        q, k, v, *lists, seed, longest, for_hopper,
+        causal, window, num_targets is not None, scale, dropout_p, precision,
+    )  # fmt: skip
     if is_traced():
         out, _ = _forward_op(*arguments)
         return out
@@ -116,9 +125,8 @@ def jagged_flash_attention(
     return out
 
 
-def _tile_lists(schedule: Schedule, tiles: Tiles, causal: bool, has_gradient: bool) -> list[Tensor]:
+def _tile_lists(schedule: Schedule, forward: int, tiles: Tiles, causal: bool, has_gradient: bool) -> list[Tensor]:
     """Of the forward, of dq, of dk and dv, of short users' backward; without a gradient only the first is needed."""
-    forward = tiles.forward.block_m
     if not has_gradient:
         return schedule.query_tiles([forward], causal) * 4
     short = 0 if tiles.short is None else tiles.short.block_m
@@ -145,6 +153,8 @@ def _forward(
     dkv_tiles: Tensor,
     short_users: Tensor,
     seed: Tensor | None,
+    longest: int,
+    for_hopper: bool,
     causal: bool,
     window: int | None,
     has_targets: bool,
@@ -154,9 +164,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     require_triton(q.device)
     call = Call(causal, window, has_targets, scale, dropout_p, seed, precision)
-    tile = choose_tiles(q.shape[-1], q.dtype, q.device).forward
+    tiles = choose_tiles(q.shape[-1], q.dtype, q.device, longest, causal)
+    if for_hopper and tiles.hopper_forward is not None:
+        return launch_hopper_forward(q, k, v, forward_tiles, call, tiles.hopper_forward)
     q_, k_, v_ = _interpretable((q, k, v))
-    out, lse = launch_forward(q_, k_, v_, forward_tiles, call, tile)
+    out, lse = launch_forward(q_, k_, v_, forward_tiles, call, tiles.forward)
     return out.to(q.dtype), lse
 
 
@@ -171,6 +183,8 @@ def _backward(
     dkv_tiles: Tensor,
     short_users: Tensor,
     seed: Tensor | None,
+    longest: int,
+    for_hopper: bool,
     causal: bool,
     window: int | None,
     has_targets: bool,
@@ -179,7 +193,7 @@ def _backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(causal, window, has_targets, scale, dropout_p, seed, precision)
-    tiles = choose_tiles(q.shape[-1], q.dtype, q.device)
+    tiles = choose_tiles(q.shape[-1], q.dtype, q.device, longest, causal)
     dout = dout if readable_in_place(dout) else dout.contiguous()
     dout_, q_, k_, v_, out_ = _interpretable((dout, q, k, v, out))
     dq, dk, dv = launch_backward(dout_, q_, k_, v_, out_, lse, dq_tiles, dkv_tiles, short_users, call, tiles)
@@ -204,7 +218,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 11)
+        return (*_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 13)
 
 
 _forward_op = torch.library.custom_op("recsys_kernels::jagged_flash_attention", _forward, mutates_args=())
@@ -228,7 +242,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _op_backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 11)
+    return (*_backward_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 13)
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)

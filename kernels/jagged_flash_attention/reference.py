@@ -57,8 +57,8 @@ def reference_attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ + mask) v for every user and head, computed in the dtype of the inputs.
 
-    Arguments and result as of `jagged_flash_attention`. For an exact result pass float64; in a lower precision it is the
-    baseline that the kernel's error is compared with.
+    Arguments and result as of `jagged_flash_attention`. For an exact result pass float64; in a lower precision it is
+    the baseline that the kernel's error is compared with.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
@@ -100,8 +100,8 @@ def _rows(offsets: Tensor, max_seqlen: int, total: int) -> tuple[Tensor, Tensor]
 def dropout_mask(seed: Tensor, row: Tensor, head: Tensor, key: Tensor, dropout_p: float) -> Tensor:
     """Which pairs dropout keeps: bool, in the shape that row, head and key broadcast to.
 
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of the counter (key, row, head, 0)
-    and the key `seed`; a pair is kept if the first of the four words is at least dropout_p · 2^32.
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of the counter
+    (key, row, head, 0) and the key `seed`; a pair is kept if the first of the four words is at least dropout_p · 2^32.
 
     Args:
         seed: `(1,)` int64.

@@ -2,8 +2,8 @@
 """The schedule: where the tiles of a jagged batch are, as lists that the attention kernels walk.
 
 A grid of users x tiles of the longest user is mostly empty where lengths differ, and the host can't know the tiles
-without waiting for the GPU. So one small kernel writes them down, the most work first, and the host launches the most
-there can be. Row i of a list, int32, is one tile of BLOCK rows of one user:
+without waiting for the GPU. So one small kernel writes them down, the longest users first, and the host launches the
+most there can be. Row i of a list, int32, is one tile of BLOCK rows of one user:
 
     0 own_start    first row of the user on the side that is cut into tiles
     1 own_len      rows of the user on that side; 0: no work, this row is past the end of the list
@@ -21,8 +21,7 @@ tiles.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,7 +32,6 @@ from kernels.jagged_flash_attention.checks import check_offsets, checks_values
 from kernels.jagged_flash_attention.launch import INTERPRETED, is_traced, launch_on, require_triton
 
 COLUMNS = 8
-BY_TILE = True
 MIN_BLOCK = 16
 MAX_ROWS = 2**31 - 1  # a list holds int32
 MAX_INT32_SUM = 2**31 - 1
@@ -94,7 +92,6 @@ def jagged_tile_lists_kernel(
     DESCENDING: tl.constexpr,  # of every list
     MORE_THAN: tl.constexpr,  # of every list: only users longer than that ...
     AT_MOST: tl.constexpr,  # ... and not longer than that are on it
-    BY_TILE: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     KEYS_ARE_OTHER: tl.constexpr,
@@ -108,8 +105,8 @@ def jagged_tile_lists_kernel(
 ):
     """One program: USERS users of one list. Counts the users of each class, which says where each tile belongs.
 
-    Not BY_TILE, the tiles of all longer users come before those of a user. BY_TILE, all tiles t + 1 come before all
-    tiles t, and among equals those of longer users. DESCENDING counts tiles from the user's end.
+    The tiles of longer users come before those of a user: programs that run at the same time then share keys, and what
+    comes last is small. DESCENDING begins with a user's last tile.
     """
     capacity = 0
     first_row = tl.zeros([], dtype=tl.int64)
@@ -132,7 +129,9 @@ def jagged_tile_lists_kernel(
 
     first_user = tl.program_id(0) * USERS
     o_chunk = tl.arange(0, CHUNK)
-    b_chunk = load_last_tiles(p_offsets, 0, B, total, max_seqlen, shift, more_than, at_most, CHUNK)  # first, it is waited for longest
+    b_chunk = load_last_tiles(
+        p_offsets, 0, B, total, max_seqlen, shift, more_than, at_most, CHUNK
+    )  # first, it is waited for longest
     o_user = first_user + tl.arange(0, USERS)
     i_user = tl.minimum(o_user, B - 1)
     start, length = load_user(p_offsets, i_user, total, max_seqlen)
@@ -157,8 +156,7 @@ def jagged_tile_lists_kernel(
     is_earlier = (o_user[None, :] < o_user[:, None]) & (last_tile[None, :] == last_tile[:, None])
     num_earlier = tl.sum(is_earlier.to(tl.int32), 1).to(SUM)  # users of the same class before it in the group
 
-    num_longer = tl.zeros([], dtype=SUM)  # users of the classes above
-    num_tiles = tl.zeros([], dtype=SUM)  # their tiles
+    num_tiles = tl.zeros([], dtype=SUM)  # of the users of the classes above
     place = tl.zeros([USERS], dtype=SUM)
     first_step = 0
     if STEPS > 1:  # max_seqlen may be far above the longest user: begin where the first users are
@@ -179,25 +177,17 @@ def jagged_tile_lists_kernel(
         before, after = tl.split(tl.reshape(counts, (CLASSES, 2)))
         before, count = before.to(SUM), (before + after).to(SUM)
         tiles = count * (o_class + 1)
-        longer = num_longer + tl.cumsum(count, 0, reverse=True)  # users of this class and above
-        longer_tiles = num_tiles + tl.cumsum(tiles, 0, reverse=True)
+        longer_tiles = num_tiles + tl.cumsum(tiles, 0, reverse=True)  # of users of this class and above
         is_class = last_tile[:, None] == o_class[None, :]
-        if BY_TILE:
-            b_place = longer - count + before
-            within = num_earlier
-            base = longer_tiles - (o_class + 1) * longer  # tiles later in their user than tile o_class
-        else:
-            b_place = longer_tiles - tiles + before * (o_class + 1)
-            within = num_earlier * (last_tile + 1)
-            base = o_class.to(SUM)
+        b_place = longer_tiles - tiles + before * (o_class + 1)
+        within = num_earlier * (last_tile + 1)
         place += tl.sum(tl.where(is_class, b_place[None, :] + within[:, None], 0), 1)
 
-        position = base[None, :] + place[:, None]  # (USERS, CLASSES), of tiles first_class ...
+        position = o_class[None, :].to(SUM) + place[:, None]  # (USERS, CLASSES), of tiles first_class ...
         mask = (o_class[None, :] <= last_tile[:, None]) & (position < capacity)
         tile = tl.where(descending, last_tile[:, None] - o_class[None, :], o_class[None, :])
         p_row = p_list + position.to(tl.int64)[:, :, None] * 8 + o_column[None, :, :]
         tl.store(p_row, tl.where(o_column[None, :, :] == 4, tile[:, :, None], b_row[:, None, :]), mask=mask[:, :, None])
-        num_longer += tl.sum(count, 0)
         num_tiles += tl.sum(tiles, 0)
 
     # What is left of the list is zero. No list is as long as 2^31 rows, so the clamped sum fits an int32.
@@ -220,7 +210,6 @@ def make_tile_lists(
     descending: list[bool],
     more_than: list[int],
     at_most: list[int],
-    by_tile: bool,
     keys_are_other: bool,
     check_values: bool = False,
 ) -> Tensor:
@@ -230,9 +219,8 @@ def make_tile_lists(
         offsets, total, max_seqlen: of the side that is cut into tiles.
         other_offsets, other_total, other_max_seqlen: of the other side; None and any numbers in self attention.
         blocks: rows of a tile, powers of two, one per list.
-        descending: for each list whether the last tile of a user has the least work, not the first. Matters by_tile.
-        more_than, at_most: for each list the users that are on it, by length: more than the first, not more than the other.
-        by_tile: whether the work of a tile depends on its index rather than on its user's length.
+        descending: for each list whether it begins with a user's last tile.
+        more_than, at_most: for each list the lengths of users on it: more than the first, not more than the other.
         keys_are_other: cross attention, and the tiles are of queries.
         check_values: as for Schedule.
     """
@@ -274,7 +262,6 @@ def make_tile_lists(
             DESCENDING=tuple(descending),
             MORE_THAN=tuple(more_than),
             AT_MOST=tuple(at_most),
-            BY_TILE=by_tile,
             HAS_OTHER=other_offsets is not None,
             HAS_TARGETS=num_targets is not None,
             KEYS_ARE_OTHER=keys_are_other,
@@ -331,9 +318,11 @@ def tile_capacity(total: int, num_users: int, block: int, at_most: int = MAX_ROW
     return most_users if at_most <= block else total // block + most_users
 
 
-@dataclass(frozen=True)
-class ListSpec:
-    """Which list: of the tiles of queries or of keys, how many rows a tile has, and of which users."""
+class ListSpec(NamedTuple):
+    """Which list: of the tiles of queries or of keys, how many rows a tile has, and of which users.
+
+    A tuple, because torch.compile can't make other keys of the dictionary that keeps the lists.
+    """
 
     of_keys: bool
     block: int
@@ -416,7 +405,7 @@ class Schedule:
         Args:
             forward, dq: rows of a tile of queries; the list of all users, and of those longer than `whole`.
             dkv: rows of a tile of keys, of users longer than `whole`.
-            whole: users of at most that many tokens are on the last list instead; 0: none are, in cross attention always.
+            whole: users of at most that many tokens are on the last list instead; 0, and in cross attention: none are.
             causal: as for `query_tiles`.
         """
         whole = 0 if self.is_cross else whole
@@ -450,9 +439,7 @@ class Schedule:
         if not specs:
             return
         blocks, at_most = [spec.block for spec in specs], [spec.at_most for spec in specs]
-        by_tile = BY_TILE and specs[0].causal
-        # A late query has the most work, but an early key.
-        descending = [spec.causal and spec.of_keys is by_tile for spec in specs]
+        descending = [spec.causal and not spec.of_keys for spec in specs]  # a late query has the most work
         of_keys = self.is_cross and specs[0].of_keys
         own, other = (self.keys, self.queries) if of_keys else (self.queries, self.keys)
         other_offsets = other[0] if self.is_cross else None
@@ -460,7 +447,7 @@ class Schedule:
         make = tile_lists_op if is_traced() else make_tile_lists
         lists = make(
             own[0], other_offsets, self.num_targets, *own[1:], *other[1:], blocks, descending,
-            [spec.more_than for spec in specs], at_most, by_tile, keys_are_other,
+            [spec.more_than for spec in specs], at_most, keys_are_other,
             self.check_values,
         )  # fmt: skip
         sizes = [tile_capacity(own[1], self.num_users, *pair) for pair in zip(blocks, at_most, strict=True)]

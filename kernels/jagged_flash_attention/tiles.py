@@ -3,8 +3,9 @@
 
 Names, here and in the kernels: L tokens of all users together, H heads, D head dim; BM x BN tiles of queries x keys,
 BD the head dim padded to a power of two; `i_*` indices, `o_*` offsets of a tile's rows within the user, `m_*` masks,
-`p_*` pointers, `b_*` blocks on the chip. A user has n queries; h of its keys are history, which others may see. In self
-attention the other n - h tokens are candidates, which see the history and themselves; in cross attention there are none.
+`p_*` pointers, `b_*` blocks on the chip. A user has n queries; h of its keys are history, which others may see. In
+self attention the other n - h tokens are candidates, which see the history and themselves; in cross attention there
+are none.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def load_tile(
 ):
     """Rows i_row ... i_row + BLOCK of one user and head as (BLOCK, BD).
 
-    Zero past D and, with CHECK, past num_rows; without CHECK all these rows must exist. The tile's address is int64: rows
-    x stride passes 2^31 long before memory is full. Inside the tile int32 does (`launch.py` sees to it).
+    Zero past D and, with CHECK, past num_rows; without CHECK all these rows must exist. The tile's address is int64:
+    rows x stride passes 2^31 long before memory is full. Inside the tile int32 does (`launch.py` sees to it).
     """
     o_row = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BD)
@@ -107,9 +108,7 @@ def is_visible(o_key, i_n, first, end, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit  # pragma: no cover
-def sees_key(
-    o_query, i_m, o_n, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr
-):
+def sees_key(o_query, i_m, o_n, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr):
     """The same from the other side: whether query i_m + o_query sees *history* key o_n; only where there is a mask."""
     mask = o_query >= o_n - i_m
     if not CAUSAL:

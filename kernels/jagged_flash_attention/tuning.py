@@ -1,21 +1,23 @@
-"""Tile sizes, warps and pipeline stages: the one place that knows how they depend on GPU, dtype and head dim.
+"""Tile sizes, warps and pipeline stages: the one place that knows how they depend on GPU, dtype, head dim and length.
 
-A static table instead of autotuning: the first step of a job is as fast as the second, every rank runs the
-same kernel, and a result can be repeated. The shape of a batch is not in it on purpose.
+A static table instead of autotuning: the first step of a job is as fast as the second, every rank runs the same kernel,
+and a result can be repeated. What a batch holds is not in it on purpose, only `max_seqlen`, which a model fixes.
 
-The 16-bit rows for Hopper up to 128 start from what was best in a sweep on an H200. The others are chosen to
-fit: registers (accumulators are block x head dim in float32) and shared memory (227 KB on Hopper, 99 KB on
-Ada and small Ampere).
+The 16-bit rows for Hopper up to 128 are the best of sweeps on an H200 (docs/lab_log.md). The others are chosen to fit:
+registers (accumulators are block x head dim in float32) and shared memory (227 KB on Hopper, 99 KB on Ada and small
+Ampere).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 
+from kernels.jagged_flash_attention.hopper_forward import HopperConfig
 from kernels.jagged_flash_attention.launch import INTERPRETED
 
 
@@ -48,30 +50,68 @@ class Tiles:
     short: Tile | None = None
     """Users of at most block_m tokens have their backward in one pass; None: there is no such pass."""
 
+    hopper_forward: HopperConfig | None = None
+    """The forward written for Hopper is used instead of `forward`, where it can do the call."""
 
-# Greatest padded head dim each row serves -> tiles, from small to large.
-TileTable = dict[int, Tiles]
 
-HOPPER_16BIT: TileTable = {
-    32: Tiles(forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 3), dq=Tile(64, 64, 4, 3)),
-    64: Tiles(forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 3), dq=Tile(64, 64, 4, 2)),
-    128: Tiles(forward=Tile(64, 64, 4, 2), dkv=Tile(64, 128, 8, 2), dq=Tile(128, 64, 8, 2)),
-    256: Tiles(forward=Tile(64, 32, 4, 2), dkv=Tile(32, 64, 8, 1), dq=Tile(64, 32, 8, 1)),
-}
+@dataclass(frozen=True)
+class Row:
+    """Serves padded head dims up to `head_dim`, users up to `max_seqlen` and masks of `causal` (None: any)."""
+
+    head_dim: int
+    max_seqlen: int | None
+    causal: bool | None
+    tiles: Tiles
+
+    def serves(self, head_dim: int, max_seqlen: int, causal: bool) -> bool:
+        fits = head_dim <= self.head_dim and (self.max_seqlen is None or max_seqlen <= self.max_seqlen)
+        return fits and self.causal in (None, causal)
+
+
+# The first row that serves a call counts.
+TileTable = Sequence[Row]
+
+# Short users: many small programs on a multiprocessor (few registers, few stages). Long ones: loads by the copy engine,
+# two or three stages ahead. Measured at mean lengths of 50 to 4096; at head dim 64 the forward in Gluon was slower.
+HOPPER_16BIT: TileTable = (
+    Row(32, None, None, Tiles(
+        forward=Tile(32, 32, 2, 2, max_registers=64), dkv=Tile(32, 64, 4, 1, max_registers=96),
+        dq=Tile(64, 32, 4, 3, tma=True), short=Tile(32, 32, 2, 1),
+    )),
+    Row(64, 1024, None, Tiles(
+        forward=Tile(64, 32, 4, 3, max_registers=80), dkv=Tile(32, 64, 4, 1),
+        dq=Tile(64, 32, 4, 3, tma=True, max_registers=96),
+    )),
+    Row(64, None, True, Tiles(
+        forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 2, tma=True, max_registers=128),
+        dq=Tile(64, 64, 4, 3, tma=True),
+    )),
+    Row(64, None, False, Tiles(
+        forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 3, max_registers=128), dq=Tile(64, 64, 4, 3, tma=True),
+    )),
+    Row(128, 512, None, Tiles(
+        forward=Tile(64, 64, 4, 2), dkv=Tile(32, 64, 4, 2, tma=True), dq=Tile(64, 64, 4, 2, tma=True),
+    )),
+    Row(128, None, None, Tiles(
+        forward=Tile(64, 64, 4, 3, tma=True), dkv=Tile(32, 64, 4, 2, tma=True), dq=Tile(64, 64, 4, 2, tma=True),
+        hopper_forward=HopperConfig(block_n=128, num_stages=2),
+    )),
+    Row(256, None, None, Tiles(forward=Tile(64, 32, 4, 2), dkv=Tile(32, 64, 8, 1), dq=Tile(64, 32, 8, 1))),
+)  # fmt: skip
 
 # Everything else with 16 bits: fits 99 KB of shared memory.
-PORTABLE_16BIT: TileTable = {
-    64: Tiles(forward=Tile(64, 64, 4, 2), dkv=Tile(32, 64, 4, 2), dq=Tile(64, 32, 4, 2)),
-    128: Tiles(forward=Tile(64, 32, 4, 2), dkv=Tile(32, 64, 4, 1), dq=Tile(64, 32, 4, 1)),
-    256: Tiles(forward=Tile(32, 32, 4, 1), dkv=Tile(16, 32, 4, 1), dq=Tile(32, 16, 4, 1)),
-}
+PORTABLE_16BIT: TileTable = (
+    Row(64, None, None, Tiles(forward=Tile(64, 64, 4, 2), dkv=Tile(32, 64, 4, 2), dq=Tile(64, 32, 4, 2))),
+    Row(128, None, None, Tiles(forward=Tile(64, 32, 4, 2), dkv=Tile(32, 64, 4, 1), dq=Tile(64, 32, 4, 1))),
+    Row(256, None, None, Tiles(forward=Tile(32, 32, 4, 1), dkv=Tile(16, 32, 4, 1), dq=Tile(32, 16, 4, 1))),
+)
 
 # float32 products run without tensor cores (no TF32), where an operand's rows live in registers: small tiles.
-PORTABLE_32BIT: TileTable = {
-    64: Tiles(forward=Tile(32, 32, 4, 1), dkv=Tile(32, 32, 4, 1), dq=Tile(32, 32, 4, 1)),
-    128: Tiles(forward=Tile(32, 16, 4, 1), dkv=Tile(16, 32, 4, 1), dq=Tile(32, 16, 4, 1)),
-    256: Tiles(forward=Tile(16, 16, 4, 1), dkv=Tile(16, 16, 4, 1), dq=Tile(16, 16, 4, 1)),
-}
+PORTABLE_32BIT: TileTable = (
+    Row(64, None, None, Tiles(forward=Tile(32, 32, 4, 1), dkv=Tile(32, 32, 4, 1), dq=Tile(32, 32, 4, 1))),
+    Row(128, None, None, Tiles(forward=Tile(32, 16, 4, 1), dkv=Tile(16, 32, 4, 1), dq=Tile(32, 16, 4, 1))),
+    Row(256, None, None, Tiles(forward=Tile(16, 16, 4, 1), dkv=Tile(16, 16, 4, 1), dq=Tile(16, 16, 4, 1))),
+)
 
 # Small, and no two block sizes alike, so that short test sequences reach every loop of the kernels.
 INTERPRETER = Tiles(forward=Tile(32, 16, 1, 1), dkv=Tile(16, 32, 1, 1), dq=Tile(16, 32, 1, 1), short=Tile(16, 16, 1, 1))
@@ -81,16 +121,16 @@ def select_table(dtype: torch.dtype, compute_capability: tuple[int, int]) -> Til
     """The table of this dtype on this architecture."""
     if dtype == torch.float32:
         return PORTABLE_32BIT
-    has_large_shared_memory = compute_capability[0] in (9, 10)
-    return HOPPER_16BIT if has_large_shared_memory else PORTABLE_16BIT
+    return HOPPER_16BIT if compute_capability[0] == 9 else PORTABLE_16BIT
 
 
-def choose_tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """The tiles of all kernels for this head dim and dtype on this device."""
+def choose_tiles(head_dim: int, dtype: torch.dtype, device: torch.device, max_seqlen: int, causal: bool) -> Tiles:
+    """The tiles of all kernels for such calls on this device."""
     if INTERPRETED:
         return INTERPRETER
     table = select_table(dtype, _compute_capability(device))
-    return next(tiles for limit, tiles in table.items() if triton.next_power_of_2(head_dim) <= limit)
+    padded = triton.next_power_of_2(head_dim)
+    return next(row.tiles for row in table if row.serves(padded, max_seqlen, causal))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged_flash_attention import schedule
-from kernels.jagged_flash_attention.schedule import Schedule, tile_capacity, tile_lists_op
+from kernels.jagged_flash_attention.schedule import Schedule, make_tile_lists, tile_capacity
 from tests.kernels.jagged_cases import LENGTHS
 
 RNG = random.Random(0)
@@ -43,8 +43,9 @@ def model_list(
     others: list[int] | None = None,
     targets: list[int] | None = None,
     history: list[int] | None = None,
-    by_tile: bool,
-    from_end: bool = False,
+    from_end: bool,
+    more_than: int = 0,
+    at_most: int = 2**31 - 1,
 ) -> Tensor:
     """The list as the format has it."""
     others = lengths if others is None else others
@@ -52,13 +53,13 @@ def model_list(
     history = [n - t for n, t in zip(lengths, targets, strict=True)] if history is None else history
     rows = []
     for user, n in enumerate(lengths):
-        num_tiles = -(-n // block)
+        num_tiles = -(-n // block) if more_than < n <= at_most else 0
         for tile in range(num_tiles):
-            level = num_tiles - 1 - tile if from_end else tile
-            order = (-level, -num_tiles, user) if by_tile else (-num_tiles, user, tile)
+            order = (-num_tiles, user, -tile if from_end else tile)
             row = [sum(lengths[:user]), n, sum(others[:user]), others[user], tile, history[user], user, 0]
             rows.append((order, row))
-    capacity = sum(lengths) // block + min(len(lengths), sum(lengths))
+    most_users = min(len(lengths), sum(lengths))
+    capacity = most_users if at_most <= block else sum(lengths) // block + most_users
     sorted_rows = [row for _, row in sorted(rows)]
     assert len(sorted_rows) <= capacity
     return torch.tensor(sorted_rows + [[0] * 8] * (capacity - len(rows)), dtype=torch.int32).reshape(capacity, 8)
@@ -75,12 +76,12 @@ def make_schedule(
 def assert_lists_follow_model(made: Schedule, blocks: list[int], lengths: list[int], **options: Any) -> None:
     """All lists of self attention."""
     for actual, block in zip(made.query_tiles(blocks, True), blocks, strict=True):
-        assert torch.equal(actual.cpu(), model_list(block, lengths, by_tile=True, **options))
+        assert torch.equal(actual.cpu(), model_list(block, lengths, from_end=True, **options))
     for actual, block in zip(made.key_tiles(blocks, True), blocks, strict=True):
-        assert torch.equal(actual.cpu(), model_list(block, lengths, by_tile=True, from_end=True, **options))
+        assert torch.equal(actual.cpu(), model_list(block, lengths, from_end=False, **options))
     for make in (made.query_tiles, made.key_tiles):
         for actual, block in zip(make(blocks, False), blocks, strict=True):
-            assert torch.equal(actual.cpu(), model_list(block, lengths, by_tile=False, **options))
+            assert torch.equal(actual.cpu(), model_list(block, lengths, from_end=False, **options))
 
 
 @pytest.mark.usefixtures("poisoned_lists")
@@ -128,11 +129,10 @@ def test_cross_attention(causal: bool, kernel_device: torch.device) -> None:
         total_keys=sum(keys),
         max_key_seqlen=max(keys),
     )
-    made.prepare(query_blocks=[16, 32], key_blocks=[32], causal=causal)
     for block, actual in zip((16, 32), made.query_tiles([16, 32], causal), strict=True):
-        assert torch.equal(actual.cpu(), model_list(block, queries, others=keys, history=keys, by_tile=causal))
+        assert torch.equal(actual.cpu(), model_list(block, queries, others=keys, history=keys, from_end=causal))
     (actual,) = made.key_tiles([32], causal)
-    assert torch.equal(actual.cpu(), model_list(32, keys, others=queries, by_tile=causal, from_end=causal))
+    assert torch.equal(actual.cpu(), model_list(32, keys, others=queries, from_end=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -145,7 +145,7 @@ def test_index_vectors(dtype: torch.dtype, contiguous: bool, kernel_device: torc
         offsets = offsets.repeat_interleave(2)[::2]
         num_targets = num_targets.repeat_interleave(2)[::2]
     (actual,) = Schedule(offsets, 59, 40, num_targets=num_targets).query_tiles([16], True)
-    assert torch.equal(actual.cpu(), model_list(16, lengths, targets=targets, by_tile=True))
+    assert torch.equal(actual.cpu(), model_list(16, lengths, targets=targets, from_end=True))
 
 
 @pytest.mark.usefixtures("poisoned_lists")
@@ -188,9 +188,9 @@ def test_lists_are_made_once(monkeypatch: pytest.MonkeyPatch, kernel_device: tor
 
     def counted(*args: Any) -> Tensor:
         launches.append(args[7])
-        return tile_lists_op(*args)
+        return make_tile_lists(*args)
 
-    monkeypatch.setattr(schedule, "tile_lists_op", counted)
+    monkeypatch.setattr(schedule, "make_tile_lists", counted)
     made = make_schedule([40, 3, 16], kernel_device)
     first, _, again = made.query_tiles([16, 32, 16], True)
     assert launches == [[16, 32]], "equal blocks once, all with one launch"
@@ -198,10 +198,31 @@ def test_lists_are_made_once(monkeypatch: pytest.MonkeyPatch, kernel_device: tor
     assert made.query_tiles([16], True)[0] is first
     made.query_tiles([16, 64], True)
     assert launches == [[16, 32], [64]]
-    made.prepare(query_blocks=[16], key_blocks=[16, 64], causal=True)
+    made.key_tiles([16, 64], True)
     assert launches[2:] == [[16, 64]], "causal, keys are in another order than queries"
     assert made.key_tiles([16], False)[0] is made.query_tiles([16], False)[0]
     assert launches[3:] == [[16]]
+
+    made.for_training(16, 32, 64, 16, True)
+    assert launches[4:] == [[32, 64, 16]], "one launch for what is missing"
+
+
+@pytest.mark.usefixtures("poisoned_lists")
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("causal", [True, False])
+def test_lists_of_a_training_step(lengths: list[int], causal: bool, kernel_device: torch.device) -> None:
+    """Short users are on a list of their own instead of those of dq, dk and dv."""
+    targets = [RNG.randint(0, n) for n in lengths]
+    made = make_schedule(lengths, kernel_device, targets=targets)
+    forward, dq, dkv, short = (tiles.cpu() for tiles in made.for_training(64, 32, 16, 32, causal))
+    assert torch.equal(forward, model_list(64, lengths, targets=targets, from_end=causal))
+    assert torch.equal(dq, model_list(32, lengths, targets=targets, from_end=causal, more_than=32))
+    assert torch.equal(dkv, model_list(16, lengths, targets=targets, from_end=False, more_than=32))
+    assert torch.equal(short, model_list(32, lengths, targets=targets, from_end=causal, at_most=32))
+
+    *others, nobody = make_schedule(lengths, kernel_device, targets=targets).for_training(64, 32, 16, 0, causal)
+    assert len(nobody) == 0
+    assert torch.equal(others[1].cpu(), model_list(32, lengths, targets=targets, from_end=causal))
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -263,7 +284,7 @@ def test_compiled_layers_share_a_schedule(kernel_device: torch.device) -> None:
     compiled: Callable[[Schedule], Tensor] = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for lengths in ([40, 0, 3], [1, 60, 2]):
         made = make_schedule(lengths, kernel_device)
-        expected = model_list(16, lengths, by_tile=True) * 2
+        expected = model_list(16, lengths, from_end=True) * 2
         for _ in range(2):
             assert torch.equal(compiled(made).cpu(), expected)
         (kept,) = made.query_tiles([16], True)
@@ -290,7 +311,8 @@ def test_exports_with_a_dynamic_total(kernel_device: torch.device) -> None:
 def test_custom_op_is_registered_properly(kernel_device: torch.device) -> None:
     """Schema, fake tensors and tracing, by PyTorch's own checker."""
     offsets = to_offsets([6, 0, 30], kernel_device)
-    args = (offsets, None, torch.ones_like(offsets[1:]), 36, 30, 36, 30, [16, 32], [False, True], True, False)
+    args = (offsets, None, torch.ones_like(offsets[1:]), 36, 30, 36, 30)
+    args += ([16, 32], [False, True], [0, 0], [99, 16], False, False)
     torch.library.opcheck(torch.ops.recsys_kernels.jagged_tile_lists.default, args)
 
 
@@ -315,7 +337,7 @@ def test_cuda_graph_follows_new_offsets() -> None:
         offsets.copy_(to_offsets(lengths, device))
         graph.replay()
         for block, tiles in zip((32, 64), lists, strict=True):
-            assert torch.equal(tiles.cpu(), model_list(block, lengths, by_tile=True))
+            assert torch.equal(tiles.cpu(), model_list(block, lengths, from_end=True))
 
 
 @pytest.mark.gpu
@@ -332,10 +354,8 @@ def test_many_users(num_users: int, causal: bool) -> None:
     num_tiles = (lengths + block - 1) // block
     user = torch.arange(num_users).repeat_interleave(num_tiles)
     tile = torch.arange(int(num_tiles.sum())) - (num_tiles.cumsum(0) - num_tiles)[user]
-    if causal:
-        order = sorted(range(len(user)), key=lambda i: (-int(tile[i]), -int(num_tiles[user[i]]), int(user[i])))
-    else:
-        order = sorted(range(len(user)), key=lambda i: (-int(num_tiles[user[i]]), int(user[i]), int(tile[i])))
+    sign = -1 if causal else 1
+    order = sorted(range(len(user)), key=lambda i: (-int(num_tiles[user[i]]), int(user[i]), sign * int(tile[i])))
     user, tile = user[order], tile[order]
     start, length = offsets[user], lengths[user]
     rows = torch.stack([start, length, start, length, tile, length, user, torch.zeros_like(user)], 1)

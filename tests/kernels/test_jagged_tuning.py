@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -16,9 +18,11 @@ def test_every_head_dim_has_tiles(
 ) -> None:
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(tuning, "_compute_capability", lambda device: capability)
-    shared_memory = (227 if capability[0] in (9, 10) else 99) * 1024
-    for head_dim in range(16, 257):
-        tiles = tuning.choose_tiles(head_dim, dtype, torch.device("cuda"))
+    shared_memory = (227 if capability[0] == 9 else 99) * 1024
+    calls = itertools.product(range(16, 257), [1, 512, 513, 1024, 1025, 65_536], [True, False])
+    for head_dim, max_seqlen, causal in calls:
+        tiles = tuning.choose_tiles(head_dim, dtype, torch.device("cuda"), max_seqlen, causal)
+        assert tiles.hopper_forward is None or capability[0] == 9
         row = triton.next_power_of_2(head_dim) * dtype.itemsize
         for tile in (tiles.forward, tiles.dkv, tiles.dq):
             assert min(tile.block_m, tile.block_n) >= 16, "less than tl.dot takes"
