@@ -49,7 +49,7 @@ def test_lengths_with_candidates_and_window(lengths: list[int], kernel_device: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 17, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256])
 def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype, kernel_device: torch.device) -> None:
-    case = Case([36, 0, 3], num_heads=1, head_dim=head_dim, dtype=dtype, has_candidates=True)
+    case = Case([20, 0, 3], num_heads=1, head_dim=head_dim, dtype=dtype, has_candidates=True)
     assert_kernel_matches_reference(case.on_device(kernel_device), kernel_device)
 
 
@@ -73,7 +73,7 @@ def test_scores_far_apart(kernel_device: torch.device) -> None:
 @pytest.mark.parametrize("mask", [{}, {"window": 9, "has_candidates": True}], ids=["causal", "window_candidates"])
 def test_grouped_queries(group: int, mask: dict[str, Any], kernel_device: torch.device) -> None:
     """A key head serves several query heads; the gradients of its keys and values are sums over them."""
-    case = Case([37, 0, 1, 16], num_heads=4 if group < 3 else group, group=group, **mask)
+    case = Case([19, 0, 1], num_heads=4 if group == 2 else group, group=group, **mask)
     assert_kernel_matches_reference(case.on_device(kernel_device), kernel_device)
 
 
@@ -103,9 +103,9 @@ def test_cross_attention(queries: list[int], keys: list[int], kernel_device: tor
 
 
 DROPOUT: dict[str, Case] = {
-    "causal": Case(MIXED, num_heads=1, dropout_p=0.2),
+    "causal": Case([33, 0, 1, 20], num_heads=1, dropout_p=0.2),
     "full": Case([40, 3], causal=False, dropout_p=0.5),
-    "window_candidates": Case([66, 0, 20, 9], num_heads=1, window=11, has_candidates=True, dropout_p=0.3),
+    "window_candidates": Case([40, 0, 20], num_heads=1, window=11, has_candidates=True, dropout_p=0.3),
     "grouped": Case([17, 33], group=2, has_candidates=True, dropout_p=0.3),
     "cross": Case([33, 5, 0], key_lengths=[40, 0, 3], causal=False, dropout_p=0.3),
     "nearly_all": Case([40, 3], dropout_p=0.97),
@@ -166,7 +166,7 @@ def test_dropout_does_not_depend_on_tiles(
 
 
 @pytest.mark.parametrize(
-    "case", [Case([66, 0, 5], head_dim=64, group=2, has_candidates=True), DROPOUT["cross"]], ids=["self", "cross"]
+    "case", [Case([33, 0, 5], head_dim=64, group=2, has_candidates=True), DROPOUT["cross"]], ids=["self", "cross"]
 )
 def test_tf32(case: Case, kernel_device: torch.device) -> None:
     """Its mantissa has the bits of float16's, so on values that float16 can hold it is judged like that."""
@@ -185,7 +185,7 @@ def test_tf32(case: Case, kernel_device: torch.device) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout: str, kernel_device: torch.device) -> None:
     """Same bits as from contiguous tensors, whatever lies between the rows."""
-    case = Case([33, 0, 5], group=2, head_dim=48, has_candidates=True).on_device(kernel_device)
+    case = Case([18, 0, 5], group=2, head_dim=48, has_candidates=True).on_device(kernel_device)
     relaid = replace(case, layout=layout)
     assert not relaid.make_qkvg(kernel_device)[0].is_contiguous()
     expected = run(jagged_flash_attention, case, kernel_device)

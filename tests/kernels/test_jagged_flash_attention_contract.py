@@ -278,12 +278,9 @@ def test_wrong_key_offsets_touch_no_foreign_memory(
 
 COMPILED: dict[str, dict[str, Any]] = {
     "causal": {},
-    "full_window": {"causal": False, "window": 3},
-    "candidates": {"has_candidates": True},
-    "dropout": {"dropout_p": 0.4},
-    "grouped": {"num_heads": 2, "group": 2},
-    "cross": {"causal": False, "key_lengths": [2, 3, 0]},
-    "negative_scale": {"scale": -0.1},
+    "window_candidates": {"causal": False, "window": 3, "has_candidates": True},
+    "dropout_grouped": {"dropout_p": 0.4, "num_heads": 2, "group": 2},
+    "cross_negative_scale": {"causal": False, "key_lengths": [2, 3, 0], "scale": -0.1},
 }
 
 
