@@ -49,6 +49,8 @@ def test_lengths_with_candidates_and_window(lengths: list[int], kernel_device: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 17, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256])
 def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype, kernel_device: torch.device) -> None:
+    if kernel_device.type == "cpu" and dtype == torch.bfloat16 and head_dim not in (17, 64):
+        pytest.skip("the interpreter computes bfloat16 as float32")
     case = Case([20, 0, 3], num_heads=1, head_dim=head_dim, dtype=dtype, has_candidates=True)
     assert_kernel_matches_reference(case.on_device(kernel_device), kernel_device)
 

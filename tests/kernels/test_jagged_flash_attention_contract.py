@@ -277,7 +277,6 @@ def test_wrong_key_offsets_touch_no_foreign_memory(
 
 
 COMPILED: dict[str, dict[str, Any]] = {
-    "causal": {},
     "window_candidates": {"causal": False, "window": 3, "has_candidates": True},
     "dropout_grouped": {"dropout_p": 0.4, "num_heads": 2, "group": 2},
     "cross_negative_scale": {"causal": False, "key_lengths": [2, 3, 0], "scale": -0.1},
