@@ -349,7 +349,7 @@ def dq_kernel(
     """dq and delta of one tile of BM queries of one user and head: the same walk over the keys as the forward."""
     pid = tl.program_id(0)
     i_h = pid % H
-    q_start, n, k_start, _, i_tile, h = load_entry(p_tiles, pid // H)
+    q_start, n, k_start, _num_keys, i_tile, h = load_entry(p_tiles, pid // H)
     if n == 0:
         return
     i_m = i_tile * BM

@@ -171,7 +171,7 @@ def jagged_flash_attention_forward_kernel(
     """One tile of BM queries of one user and head."""
     pid = tl.program_id(0)
     i_h = pid % H  # heads next to each other share the lines of their rows
-    q_start, n, k_start, _, i_tile, h = load_entry(p_tiles, pid // H)
+    q_start, n, k_start, _num_keys, i_tile, h = load_entry(p_tiles, pid // H)
     if n == 0:
         return
     i_m = i_tile * BM
@@ -231,7 +231,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, t
     L, H, D = q.shape
     out = torch.empty((L, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((H, L), dtype=torch.float32, device=q.device)
-    if len(tiles) == 0:
+    if L == 0 or len(tiles) == 0:
         return out, lse
     desc_k, desc_v = descriptors(k, v, block=tile.block_n, wanted=tile.tma)
     with launch_on(q.device):

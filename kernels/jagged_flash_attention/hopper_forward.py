@@ -463,7 +463,7 @@ def launch_hopper_forward(
     L, H, D = q.shape
     out = torch.empty((L, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((H, L), dtype=torch.float32, device=q.device)
-    if len(tiles) == 0:
+    if L == 0 or len(tiles) == 0:
         return out, lse
     q, k, v = (_readable_by_tma(x) for x in (q, k, v))
     with launch_on(q.device):

@@ -117,7 +117,7 @@ def jagged_tile_lists_kernel(
     for i_list in tl.static_range(len(SHIFTS)):
         first_row += tl.where(i_list <= tl.program_id(1), capacity, 0)
         is_mine = i_list == tl.program_id(1)
-        most_tiles = tl.minimum(B, total)
+        most_tiles = B
         if AT_MOST[i_list] > 2 ** SHIFTS[i_list]:
             most_tiles += total >> SHIFTS[i_list]
         capacity = tl.where(i_list <= tl.program_id(1), most_tiles, capacity)
@@ -313,9 +313,8 @@ def _tile_lists_fake(
 
 
 def tile_capacity(total: int, num_users: int, block: int, at_most: int = MAX_ROWS) -> int:
-    """Rows of a list: the most tiles that `num_users` users with `total` tokens together, `at_most` each, can have."""
-    most_users = torch.sym_min(num_users, total)
-    return most_users if at_most <= block else total // block + most_users
+    """Rows of a list: at least the tiles that `num_users` users with `total` tokens together, `at_most` each, can have."""
+    return num_users if at_most <= block else total // block + num_users
 
 
 class ListSpec(NamedTuple):

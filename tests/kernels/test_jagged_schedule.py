@@ -58,8 +58,7 @@ def model_list(
             order = (-num_tiles, user, -tile if from_end else tile)
             row = [sum(lengths[:user]), n, sum(others[:user]), others[user], tile, history[user], user, 0]
             rows.append((order, row))
-    most_users = min(len(lengths), sum(lengths))
-    capacity = most_users if at_most <= block else sum(lengths) // block + most_users
+    capacity = len(lengths) + (0 if at_most <= block else sum(lengths) // block)
     sorted_rows = [row for _, row in sorted(rows)]
     assert len(sorted_rows) <= capacity
     return torch.tensor(sorted_rows + [[0] * 8] * (capacity - len(rows)), dtype=torch.int32).reshape(capacity, 8)

@@ -1,0 +1,111 @@
+"""Compile every kernel of some calls for a GPU that need not be there: `python -m tests.kernels.compile_for 9 0`.
+
+Interpreting a kernel doesn't show what the compiler refuses. Here the operator runs as it would on a GPU of the given
+compute capability, except that each launch ends when its kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kernels.jagged_flash_attention import (
+    backward,
+    checks,
+    forward,
+    hopper_forward,
+    jagged_flash_attention,
+    op,
+    schedule,
+    tuning,
+)
+
+LENGTHS = [5, 0, 70]
+
+
+class Driver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def pretend(major: int, minor: int) -> list[str]:
+    """Make launches compile only; the names of compiled kernels are collected in the result."""
+    compiled: list[str] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel.metadata.name)
+        return kernel
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    triton.runtime.driver.set_active(Driver(10 * major + minor))
+    tuning._compute_capability = lambda device: (major, minor)  # type: ignore[assignment]
+    for module in (backward, forward, hopper_forward, schedule):
+        module.launch_on = lambda device: contextlib.nullcontext()  # type: ignore[attr-defined]
+    for module in (op, schedule):
+        module.require_triton = lambda device: None  # type: ignore[attr-defined]
+    return compiled
+
+
+def call(
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    max_seqlen: int = 70,
+    group: int = 1,
+    has_targets: bool = False,
+    is_cross: bool = False,
+    **options: Any,
+) -> None:
+    """Forward and backward of one small batch."""
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    total, num_users = sum(LENGTHS), len(LENGTHS)
+    q = torch.zeros(total, 2 * group, head_dim, dtype=dtype, requires_grad=True)
+    k, v = (torch.zeros(total, 2, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
+    if has_targets:
+        options["num_targets"] = torch.ones(num_users, dtype=torch.int64).clamp(max=offsets.diff())
+    if is_cross:
+        options |= {"causal": False, "key_offsets": offsets, "max_key_seqlen": max_seqlen}
+    out = jagged_flash_attention(q, k, v, offsets, max_seqlen, **options)
+    out.backward(torch.ones_like(out))
+
+
+def main() -> None:
+    compiled = pretend(int(sys.argv[1]), int(sys.argv[2]))
+    checks.check_offsets = lambda *args: None  # type: ignore[assignment]
+    call(64, has_targets=True)
+    call(64, causal=False, has_targets=True, window=9, dropout_p=0.1, group=2)
+    call(64, max_seqlen=2048)
+    call(64, max_seqlen=2048, causal=False)
+    call(32, has_targets=True, window=9)
+    call(32, causal=False, group=2)
+    call(48, is_cross=True, dropout_p=0.1)
+    call(128, has_targets=True)
+    call(128, max_seqlen=2048, has_targets=True)
+    call(128, torch.float16, max_seqlen=2048, causal=False, group=2)
+    call(256, has_targets=True)
+    call(64, torch.float32, has_targets=True)
+    call(32, torch.float32, precision="tf32")
+    print("\n".join(f"{compiled.count(name)} {name}" for name in sorted(set(compiled))))
+
+
+if __name__ == "__main__":
+    main()
