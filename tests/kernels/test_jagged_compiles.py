@@ -9,7 +9,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("capability", "has_hopper_forward"), [((9, 0), True), ((8, 0), False)], ids=["hopper", "ampere"])
+@pytest.mark.parametrize(
+    ("capability", "has_hopper_forward"), [((9, 0), True), ((8, 0), False)], ids=["hopper", "ampere"]
+)
 def test_kernels_compile(capability: tuple[int, int], has_hopper_forward: bool) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compile_for", *map(str, capability)],
