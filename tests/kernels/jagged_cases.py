@@ -15,11 +15,11 @@ from tests.numerics import FORWARD_FACTOR, GRADIENT_FACTOR, assert_matches_refer
 # Tiles are 16 and 32 rows in the interpreter, up to 128 on a GPU, where lengths are multiplied (`on_device`).
 LENGTHS: dict[str, list[int]] = {
     "one_token": [1],
-    "one_user": [70],
+    "one_user": [40],
     "only_single_tokens": [1, 1, 1, 1, 1],
     "empty_users_around": [0, 0, 5, 0, 37, 0],
     "at_tile_edges": [15, 16, 17, 31, 32, 33],
-    "one_long_many_short": [3, 2, 80, 1, 4],
+    "one_long_many_short": [3, 2, 60, 1],
     "only_empty_users": [0, 0, 0],
     "no_users": [],
 }

@@ -33,7 +33,7 @@ def test_lengths(lengths: list[int], kernel_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("has_candidates", [False, True], ids=["history", "candidates"])
-@pytest.mark.parametrize("window", [None, 1, 7, 47], ids=lambda w: f"window_{w}")
+@pytest.mark.parametrize("window", [None, 1, 47], ids=lambda w: f"window_{w}")
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_masks(causal: bool, window: int | None, has_candidates: bool, kernel_device: torch.device) -> None:
     case = Case(MIXED, num_heads=1, causal=causal, window=window, has_candidates=has_candidates)
@@ -211,7 +211,7 @@ def test_expanded_gradient(kernel_device: torch.device) -> None:
 @pytest.mark.parametrize("has_candidates", [False, True], ids=["history", "candidates"])
 def test_same_bits_every_time_and_in_any_company(has_candidates: bool, kernel_device: torch.device) -> None:
     """A user's result and gradients don't depend on the run, nor on who else is in the batch."""
-    case = Case([17, 40, 0, 9], window=12, has_candidates=has_candidates).on_device(kernel_device)
+    case = Case([17, 20, 0, 9], num_heads=1, window=12, has_candidates=has_candidates).on_device(kernel_device)
     *qkv, dout = case.make_qkvg(kernel_device)
     offsets, options = case.make_offsets(kernel_device), case.options(kernel_device)
     runs = [with_gradients(jagged_flash_attention, qkv, dout, offsets, case.max_seqlen, **options) for _ in range(2)]
