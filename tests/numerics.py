@@ -36,6 +36,7 @@ def assert_matches_reference(
     factor: float,
     name: str = "result",
     lengths: Sequence[int] | None = None,
+    magnitude: float = 1.0,
 ) -> None:
     """Assert error(actual) <= factor x error(baseline) + floor, for the whole tensor and for every sequence.
 
@@ -48,6 +49,7 @@ def assert_matches_reference(
         factor: FORWARD_FACTOR or GRADIENT_FACTOR.
         name: what is compared, for the message.
         lengths: rows of each sequence, if the first dimension is jagged; they sum to `actual.shape[0]`.
+        magnitude: of what is summed and may cancel; 1 / (1 - p) under dropout.
     """
     assert actual.dtype == baseline.dtype, f"{name}: {actual.dtype} compared with a {baseline.dtype} baseline"
     assert exact.dtype == torch.float64, f"{name}: the exact result must be float64, got {exact.dtype}"
@@ -67,7 +69,7 @@ def assert_matches_reference(
             begin += length
 
     eps = torch.finfo(actual.dtype).eps
-    cancellation = max(LEAST_FLOOR, FLOOR_PER_TERM * actual.shape[-1])
+    cancellation = max(LEAST_FLOOR, FLOOR_PER_TERM * actual.shape[-1]) * magnitude
     for kind, norm in NORMS.items():
         size = norm(exact)
         for part, rows in parts.items():
