@@ -1,0 +1,825 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Backward for Hopper (compute capability 9.x), head dim 64 or 128 and 16-bit types, written in Gluon.
+
+The equations are those of backward.py, the parts that the warps take those of hopper_forward.py: one warp loads
+by TMA into a ring of slots, two groups of four warps compute, 64 rows each, with asynchronous matrix products. There
+are two kernels without atomics, so that the same input always gives the same bits:
+
+- dq: 128 queries of one user and head, with q and dout in shared memory and a ring of keys and values. It also leaves
+  delta = sum_d dout_id out_id for the other kernel.
+- dk and dv: 128 keys of one user and key head, with k and v in shared memory and a ring of tiles of 64 queries: q,
+  dout, log-sum-exp and delta. It works on the transposed scores (keys, queries), whose rows stay where they are in
+  registers as the left operand of both products.
+
+Products queue up: a group issues the next scores before the products of the present tile are done, and during its
+exponentials dP = dout vᵀ of the next tile is still running, so that the tensor cores seldom wait for it.
+
+The only tile with a mask comes first, and the loops have none. A user's rows end inside a tile, and what follows there
+is another user's, perhaps NaN: such rows are zeroed in shared memory, and their log-sum-exp is set to inf, a
+probability of zero.
+
+Names: see tiles.py and hopper_forward.py; `b_g` and `g_slots` hold dout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.jagged_flash_attention.hopper_forward import (
+    BLOCK,
+    GROUP,
+    LOG2_E,
+    _descriptor,
+    _readable_by_tma,
+    count_key_tiles,
+    load_keys_and_values,
+    next_slot,
+    zero_rows_from,
+)
+from kernels.jagged_flash_attention.launch import grid_of, launch_on
+
+BM = gl.constexpr(64)  # queries of a tile in the ring of the kernel of dk and dv
+
+
+@gluon.jit  # pragma: no cover
+def resident(slot, layout_s: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """A left operand that stays for the whole program: in registers it is not read again by every product."""
+    if IN_REGISTERS:
+        return slot.load(gl.DotOperandLayout(0, layout_s, 2))
+    else:
+        return slot
+
+
+# dk and dv
+
+
+@gluon.jit  # pragma: no cover
+def load_queries_partition(
+    descs, slots, barriers, coordinates, L, HEADS_PER_KV: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Keys and values once, then for every head the tiles of queries: the first, the second, the last, the others."""
+    desc_q, desc_g, desc_k, desc_v, desc_lse, desc_delta = descs
+    q_slots, g_slots, k_slots, v_slots, lse_slots, delta_slots = slots
+    kv_ready, q_ready, g_ready, free = barriers
+    row_q, row_k, col_q, col_g, col_k, col_v, stride_qh, stride_gh, i_rowwise, first, count = coordinates
+    mbarrier.expect(kv_ready, 4 * desc_k.block_type.nbytes, pred=count > 0)
+    for i_group in gl.static_range(2):
+        row = row_k + i_group * GROUP
+        tma.async_copy_global_to_shared(desc_k, [row, col_k], kv_ready, k_slots.index(i_group), pred=count > 0)
+        tma.async_copy_global_to_shared(desc_v, [row, col_v], kv_ready, v_slots.index(i_group), pred=count > 0)
+    for i_g in range(HEADS_PER_KV):
+        for i in range(count):
+            tile = first + gl.where(i == 2, count - 1, gl.where(i < 2, i, i - 1))
+            visit = i_g * count + i
+            slot = visit % STAGES
+            row = row_q + tile * BM
+            i_lse = i_rowwise + i_g * L + tile * BM
+            mbarrier.wait(free.index(slot), (visit // STAGES & 1) ^ 1)  # the first wait passes at once
+            q_bar = q_ready.index(slot)
+            mbarrier.expect(q_bar, desc_q.block_type.nbytes + desc_lse.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_q, [row, col_q + i_g * stride_qh], q_bar, q_slots.index(slot))
+            tma.async_copy_global_to_shared(desc_lse, [i_lse], q_bar, lse_slots.index(slot))
+            g_bar = g_ready.index(slot)
+            mbarrier.expect(g_bar, desc_g.block_type.nbytes + desc_delta.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_g, [row, col_g + i_g * stride_gh], g_bar, g_slots.index(slot))
+            tma.async_copy_global_to_shared(desc_delta, [i_lse], g_bar, delta_slots.index(slot))
+
+
+@gluon.jit  # pragma: no cover
+def blank_queries_from(q_slot, g_slot, lse_slot, delta_slot, num_rows, D: gl.constexpr):
+    """Rows of a tile from num_rows on are not this user's: they give nothing. Both groups do it, see zero_rows_from."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    m_row = gl.arange(0, BM, layout) < num_rows
+    lse_slot.store(gl.where(m_row, lse_slot.load(layout), float("inf")))
+    delta_slot.store(gl.where(m_row, delta_slot.load(layout), 0.0))
+    zero_rows_from(q_slot, num_rows, BM, D)
+    zero_rows_from(g_slot, num_rows, BM, D)
+
+
+@gluon.jit  # pragma: no cover
+def probabilities(b_s, lse_slot, scale_log2, layout_s: gl.constexpr):
+    """Of the transposed scores (64 keys, BM queries)."""
+    return gl.exp2(b_s * scale_log2 - lse_slot.load(gl.SliceLayout(0, layout_s))[None, :])
+
+
+@gluon.jit  # pragma: no cover
+def score_gradient(b_p, b_dp, delta_slot, layout_s: gl.constexpr, layout_p: gl.constexpr, dtype: gl.constexpr):
+    """Of the transposed scores, as a left operand."""
+    b_delta = delta_slot.load(gl.SliceLayout(0, layout_s))
+    return gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(dtype), layout_p)
+
+
+@gluon.jit  # pragma: no cover
+def next_queries(
+    b_dk, b_dv, b_p, b_dp, a_k, a_v, slots, barriers, last_slot, slot, phase, scale_log2,
+    D: gl.constexpr,
+):  # fmt: skip
+    """Finish the tile of queries in last_slot, of which there is b_p, and dP in flight; get the next one as far."""
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
+    q_slots, g_slots, _, _, lse_slots, delta_slots = slots
+    _, q_ready, g_ready, free = barriers
+    dtype: gl.constexpr = q_slots.dtype
+    b_none = gl.zeros([GROUP, BM], gl.float32, layout_s)
+
+    b_left = gl.convert_layout(b_p.to(dtype), layout_p)
+    b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+    if D == 64:
+        b_dv = warpgroup_mma(b_left, g_slots.index(last_slot), b_dv, is_async=True)
+    b_ds = score_gradient(b_p, b_dp, delta_slots.index(last_slot), layout_s, layout_p, dtype)
+    if D == 128:  # not before b_p and b_dp have left their registers
+        b_dv = warpgroup_mma(b_left, g_slots.index(last_slot), b_dv, is_async=True)
+    b_dk = warpgroup_mma(b_ds, q_slots.index(last_slot), b_dk, is_async=True)
+    mbarrier.wait(q_ready.index(slot), phase)
+    b_s = warpgroup_mma(a_k, q_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_dk, b_dv, b_left, b_ds = warpgroup_mma_wait(1, deps=[b_dk, b_dv, b_left, b_ds])
+    mbarrier.arrive(free.index(last_slot))
+    mbarrier.wait(g_ready.index(slot), phase)
+    b_dp = warpgroup_mma(a_v, g_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_p = probabilities(b_s, lse_slots.index(slot), scale_log2, layout_s)
+    return b_dk, b_dv, b_p, b_dp
+
+
+@gluon.jit  # pragma: no cover
+def replace_candidates(
+    b_dk, b_dv, memory, strides, i_n, n, h, L, scale, scale_log2, HEADS_PER_KV: gl.constexpr, D: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """A candidate key is seen by itself alone: its dk and dv are row-wise products."""
+    p_q, p_g, p_k, p_v, p_lse, p_delta = memory
+    stride_ql, stride_qh, stride_gl, stride_gh, stride_kl, stride_vl = strides
+    o_n = i_n + gl.arange(0, GROUP, gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    m_candidate = (o_n >= h) & (o_n < n)
+    rows = o_n.to(gl.int64)[:, None]
+    b_k = gl.load(p_k + rows * stride_kl + o_d, mask=m_candidate[:, None], other=0.0).to(gl.float32)
+    b_v = gl.load(p_v + rows * stride_vl + o_d, mask=m_candidate[:, None], other=0.0).to(gl.float32)
+    b_own_dk = gl.zeros([GROUP, D], gl.float32, layout)
+    b_own_dv = gl.zeros([GROUP, D], gl.float32, layout)
+    for i_g in range(HEADS_PER_KV):
+        p_rows_q = p_q + i_g * stride_qh + rows * stride_ql + o_d
+        p_rows_g = p_g + i_g * stride_gh + rows * stride_gl + o_d
+        i_lse = i_g * L + o_n
+        b_q = gl.load(p_rows_q, mask=m_candidate[:, None], other=0.0).to(gl.float32)
+        b_g = gl.load(p_rows_g, mask=m_candidate[:, None], other=0.0).to(gl.float32)
+        b_lse = gl.load(p_lse + i_lse, mask=m_candidate, other=float("inf"))
+        b_delta = gl.load(p_delta + i_lse, mask=m_candidate, other=0.0)
+        b_p = gl.exp2(gl.sum(b_q * b_k, 1) * scale_log2 - b_lse)
+        b_ds = b_p * (gl.sum(b_g * b_v, 1) - b_delta)
+        b_own_dk += b_ds[:, None] * b_q
+        b_own_dv += b_p[:, None] * b_g
+    b_dk = gl.where(m_candidate[:, None], (b_own_dk * scale).to(b_dk.dtype), b_dk)
+    b_dv = gl.where(m_candidate[:, None], b_own_dv.to(b_dv.dtype), b_dv)
+    return b_dk, b_dv
+
+
+@gluon.jit  # pragma: no cover
+def dkv_partition(
+    slots, barriers, coordinates, memory, strides, outputs, sizes,
+    HEADS_PER_KV: gl.constexpr, NUM_KV: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    HAS_TARGETS: gl.constexpr, IN_REGISTERS: gl.constexpr, GROUP_INDEX: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of 64 keys.
+
+    Causal, a group begins with the tile of queries that has its diagonal, the only one with a mask: the first group
+    with the first tile, of which the second group sees nothing, the second group with the second. The third tile to
+    come is the last of the user: its rows past the user's end are made harmless before the pipeline starts, for which
+    it has to be in the ring then.
+    """
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])  # (64, BM), transposed scores
+    layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (64, D)
+    layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
+    q_slots, g_slots, k_slots, v_slots, lse_slots, delta_slots = slots
+    kv_ready, q_ready, g_ready, free = barriers
+    _, _, _, _, _, _, _, _, _, first, count = coordinates
+    i_n, n, h, L, scale, scale_log2 = sizes
+    dtype: gl.constexpr = q_slots.dtype
+    gl.static_assert(STAGES >= 3, "the first three tiles have to be there at once")
+
+    i_n = i_n + GROUP_INDEX * GROUP
+    k_slot = k_slots.index(GROUP_INDEX)
+    v_slot = v_slots.index(GROUP_INDEX)
+    b_dk = gl.zeros([GROUP, D], gl.float32, layout_acc)
+    b_dv = gl.zeros([GROUP, D], gl.float32, layout_acc)
+    b_none = gl.zeros([GROUP, BM], gl.float32, layout_s)
+
+    mbarrier.wait(kv_ready, 0, pred=count > 0)
+    a_k = resident(k_slot, layout_s, IN_REGISTERS)
+    a_v = resident(v_slot, layout_s, IN_REGISTERS)
+    for i_head in range(gl.where(count > 0, HEADS_PER_KV, 0)):
+        visit = i_head * count
+        begin = 0
+        if CAUSAL and GROUP_INDEX == 1:  # the first tile is one that only the other group sees
+            begin = gl.minimum(1, count - 1)
+            if begin == 1:
+                mbarrier.wait(q_ready.index(visit % STAGES), visit // STAGES & 1)
+                mbarrier.wait(g_ready.index(visit % STAGES), visit // STAGES & 1)
+                mbarrier.arrive(free.index(visit % STAGES))
+        i_last = (first + count - 1) * BM
+        if i_last + BM > n:
+            last_visit = visit + gl.minimum(2, count - 1)
+            slot = last_visit % STAGES
+            mbarrier.wait(q_ready.index(slot), last_visit // STAGES & 1)
+            mbarrier.wait(g_ready.index(slot), last_visit // STAGES & 1)
+            blank_queries_from(
+                q_slots.index(slot), g_slots.index(slot), lse_slots.index(slot), delta_slots.index(slot), n - i_last, D
+            )
+
+        slot = (visit + begin) % STAGES
+        phase = (visit + begin) // STAGES & 1
+        mbarrier.wait(q_ready.index(slot), phase)
+        b_s = warpgroup_mma(a_k, q_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        mbarrier.wait(g_ready.index(slot), phase)
+        b_dp = warpgroup_mma(a_v, g_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        if CAUSAL:  # the diagonal
+            o_m = (first + begin) * BM + gl.arange(0, BM, gl.SliceLayout(0, layout_s))
+            o_n = i_n + gl.arange(0, GROUP, gl.SliceLayout(1, layout_s))
+            b_s = gl.where(o_m[None, :] >= o_n[:, None], b_s, float("-inf"))
+        b_p = probabilities(b_s, lse_slots.index(slot), scale_log2, layout_s)
+        for i in range(begin + 1, count):
+            last_slot = slot
+            slot = (visit + i) % STAGES
+            phase = (visit + i) // STAGES & 1
+            b_dk, b_dv, b_p, b_dp = next_queries(
+                b_dk, b_dv, b_p, b_dp, a_k, a_v, slots, barriers, last_slot, slot, phase, scale_log2, D
+            )
+
+        b_left = gl.convert_layout(b_p.to(dtype), layout_p)
+        b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+        b_dv = warpgroup_mma(b_left, g_slots.index(slot), b_dv, is_async=True)
+        b_ds = score_gradient(b_p, b_dp, delta_slots.index(slot), layout_s, layout_p, dtype)
+        b_dk = warpgroup_mma(b_ds, q_slots.index(slot), b_dk, is_async=True)
+        b_dk, b_dv, b_left, b_ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_left, b_ds])
+        mbarrier.arrive(free.index(slot))
+
+    # By way of shared memory, where the keys and values were, so that a warp writes whole rows.
+    k_slot.store((b_dk * scale).to(dtype))
+    v_slot.store(b_dv.to(dtype))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    b_out_dk = k_slot.load(layout)
+    b_out_dv = v_slot.load(layout)
+    if HAS_TARGETS:  # noqa: SIM102
+        if gl.minimum(i_n + GROUP, n) > h:
+            b_out_dk, b_out_dv = replace_candidates(
+                b_out_dk, b_out_dv, memory, strides, i_n, n, h, L, scale, scale_log2, HEADS_PER_KV, D, layout
+            )
+    p_dk, p_dv = outputs
+    o_row = i_n + gl.arange(0, GROUP, gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    o_out = o_row.to(gl.int64)[:, None] * (NUM_KV * D) + o_d
+    gl.store(p_dk + o_out, b_out_dk, mask=(o_row < n)[:, None])
+    gl.store(p_dv + o_out, b_out_dv, mask=(o_row < n)[:, None])
+
+
+# Totals differ in every batch: a kernel specialised on them would be compiled over and over.
+@gluon.jit(do_not_specialize=["L"])  # pragma: no cover
+def hopper_dkv_kernel(
+    desc_q,  # (L, H * D), blocks of (BM, D)
+    desc_g,
+    desc_k,  # (L, H_kv * D), blocks of (64, D)
+    desc_v,
+    desc_lse,  # (H * L,), blocks of (BM,)
+    desc_delta,
+    p_q,  # (L, H, D)
+    p_g,  # dout, (L, H, D)
+    p_k,  # (L, H_kv, D)
+    p_v,
+    p_lse,  # (H, L), float32, base 2
+    p_delta,  # (H, L), float32
+    p_dk,  # (L, H_kv, D), contiguous
+    p_dv,
+    p_tiles,  # (capacity, 8), int32, tiles of 128 keys
+    stride_ql,
+    stride_qh,
+    stride_gl,
+    stride_gh,
+    stride_kl,
+    stride_kh,
+    stride_vl,
+    stride_vh,
+    L,
+    scale,
+    scale_log2,
+    NUM_KV: gl.constexpr,
+    HEADS_PER_KV: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_TARGETS: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,
+    GROUP_REGISTERS: gl.constexpr,
+):
+    """One row of the tile list and one key head: dk and dv of 128 keys of one user."""
+    pid = gl.program_id(0)
+    i_kv = pid % NUM_KV
+    p_tile = p_tiles + (pid // NUM_KV).to(gl.int64) * 8
+    bos = gl.load(p_tile)
+    n = gl.load(p_tile + 1)
+    i_n = gl.load(p_tile + 4) * (2 * GROUP)
+    h = gl.load(p_tile + 5)
+    if n == 0:
+        return
+
+    dtype: gl.constexpr = desc_q.dtype
+    q_slots = gl.allocate_shared_memory(dtype, [STAGES, BM, D], desc_q.layout)
+    g_slots = gl.allocate_shared_memory(dtype, [STAGES, BM, D], desc_g.layout)
+    k_slots = gl.allocate_shared_memory(dtype, [2, GROUP, D], desc_k.layout)
+    v_slots = gl.allocate_shared_memory(dtype, [2, GROUP, D], desc_v.layout)
+    lse_slots = gl.allocate_shared_memory(gl.float32, [STAGES, BM], desc_lse.layout)
+    delta_slots = gl.allocate_shared_memory(gl.float32, [STAGES, BM], desc_delta.layout)
+    kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    g_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_ready, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(g_ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    fence_async_shared()
+
+    first = 0  # tile of queries that sees these keys, and how many do; nobody sees candidates but themselves
+    if CAUSAL:
+        first = i_n // BM
+    count = gl.where(i_n < h, gl.cdiv(n, BM) - first, 0)
+
+    row = bos.to(gl.int64)
+    i_h = i_kv * HEADS_PER_KV
+    p_q += row * stride_ql + i_h * stride_qh
+    p_g += row * stride_gl + i_h * stride_gh
+    p_k += row * stride_kl + i_kv * stride_kh
+    p_v += row * stride_vl + i_kv * stride_vh
+    i_rowwise = i_h.to(gl.int64) * L + row
+    p_lse += i_rowwise
+    p_delta += i_rowwise
+    p_dk += (row * NUM_KV + i_kv) * D
+    p_dv += (row * NUM_KV + i_kv) * D
+    descs = (desc_q, desc_g, desc_k, desc_v, desc_lse, desc_delta)
+    slots = (q_slots, g_slots, k_slots, v_slots, lse_slots, delta_slots)
+    barriers = (kv_ready, q_ready, g_ready, free)
+    coordinates = (
+        bos, bos + i_n, i_h * stride_qh, i_h * stride_gh, i_kv * stride_kh, i_kv * stride_vh, stride_qh, stride_gh,
+        i_rowwise.to(gl.int32), first, count,
+    )  # fmt: skip
+    memory = (p_q, p_g, p_k, p_v, p_lse, p_delta)
+    strides = (stride_ql, stride_qh, stride_gl, stride_gh, stride_kl, stride_vl)
+    outputs = (p_dk, p_dv)
+    sizes = (i_n, n, h, L, scale, scale_log2)
+    gl.warp_specialize(
+        [
+            (dkv_partition, (
+                slots, barriers, coordinates, memory, strides, outputs, sizes,
+                HEADS_PER_KV, NUM_KV, D, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS, 0,
+            )),
+            (dkv_partition, (
+                slots, barriers, coordinates, memory, strides, outputs, sizes,
+                HEADS_PER_KV, NUM_KV, D, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS, 1,
+            )),
+            (load_queries_partition, (descs, slots, barriers, coordinates, L, HEADS_PER_KV, STAGES)),
+        ],
+        [4, 1],
+        [GROUP_REGISTERS, 24],
+    )  # fmt: skip
+
+
+# dq
+
+
+@gluon.jit  # pragma: no cover
+def load_keys_partition(descs, slots, barriers, coordinates, BN: gl.constexpr, STAGES: gl.constexpr):
+    """Queries and dout of both groups once, then tiles of keys and values."""
+    desc_q, desc_g, desc_k, desc_v = descs
+    q_slots, g_slots, k_slots, v_slots = slots
+    own_ready, k_ready, k_free, v_ready, v_free = barriers
+    row_q, row_k, col_q, col_g, col_k, col_v, num_tiles = coordinates
+    mbarrier.expect(own_ready, 4 * desc_q.block_type.nbytes)
+    for i_group in gl.static_range(2):
+        row = row_q + i_group * GROUP
+        tma.async_copy_global_to_shared(desc_q, [row, col_q], own_ready, q_slots.index(i_group))
+        tma.async_copy_global_to_shared(desc_g, [row, col_g], own_ready, g_slots.index(i_group))
+    for i in range(num_tiles):
+        load_keys_and_values(
+            (desc_q, desc_k, desc_v), (q_slots, k_slots, v_slots),
+            (own_ready, k_ready, k_free, v_ready, v_free, own_ready),
+            (row_q, row_k, col_q, col_k, col_v, num_tiles), i, True, BN, STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit  # pragma: no cover
+def add_self_gradient(
+    b_dq, b_lse, b_delta, memory, strides, i_m, n, h, scale_log2, D: gl.constexpr, layout_acc: gl.constexpr
+):
+    """What a candidate among the 64 queries gets from its own key: the diagonal, a row-wise product."""
+    p_q, p_g, p_k, p_v = memory
+    stride_ql, stride_gl, stride_kl, stride_vl = strides
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    layout_row: gl.constexpr = gl.SliceLayout(1, layout_acc)
+    o_m = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    m_candidate = ((o_m >= h) & (o_m < n))[:, None]
+    rows = o_m.to(gl.int64)[:, None]
+    b_q = gl.load(p_q + rows * stride_ql + o_d, mask=m_candidate, other=0.0).to(gl.float32)
+    b_k = gl.load(p_k + rows * stride_kl + o_d, mask=m_candidate, other=0.0).to(gl.float32)
+    b_s = gl.convert_layout(gl.sum(b_q * b_k, 1), layout_row)
+    b_g = gl.load(p_g + rows * stride_gl + o_d, mask=m_candidate, other=0.0).to(gl.float32)
+    b_v = gl.load(p_v + rows * stride_vl + o_d, mask=m_candidate, other=0.0).to(gl.float32)
+    b_dp = gl.convert_layout(gl.sum(b_g * b_v, 1), layout_row)
+
+    o_m = i_m + gl.arange(0, GROUP, layout_row)
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout_acc))[None, :]
+    m_candidate = (o_m >= h) & (o_m < n)
+    b_p = gl.exp2(b_s * scale_log2 - gl.convert_layout(b_lse, layout_row))
+    b_ds = gl.where(m_candidate, b_p * (b_dp - gl.convert_layout(b_delta, layout_row)), 0.0)
+    b_k = gl.load(p_k + o_m.to(gl.int64)[:, None] * stride_kl + o_d, mask=m_candidate[:, None], other=0.0)
+    return b_dq + b_ds[:, None] * b_k.to(gl.float32)
+
+
+@gluon.jit  # pragma: no cover
+def dq_partition(
+    slots, barriers, coordinates, memory, strides, rowwise, outputs, sizes,
+    H: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    HAS_TARGETS: gl.constexpr, AHEAD: gl.constexpr, IN_REGISTERS: gl.constexpr, GROUP_INDEX: gl.constexpr,
+):  # fmt: skip
+    """delta and dq of 64 queries, over the tiles of keys in the ring, of which the first alone has a mask."""
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])  # (64, BN)
+    layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (64, D)
+    layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
+    layout_row: gl.constexpr = gl.SliceLayout(1, layout_s)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    q_slots, g_slots, k_slots, v_slots = slots
+    own_ready, k_ready, k_free, v_ready, v_free = barriers
+    p_lse, p_delta = rowwise
+    p_out, p_dq = outputs
+    num_tiles = coordinates[6]
+    i_m, n, h, scale, scale_log2 = sizes
+    dtype: gl.constexpr = q_slots.dtype
+
+    i_m = i_m + GROUP_INDEX * GROUP
+    num_own = count_key_tiles(i_m, h, BN, CAUSAL)
+    q_slot = q_slots.index(GROUP_INDEX)
+    g_slot = g_slots.index(GROUP_INDEX)
+    slot = 0
+    phase = 0
+    if BN == GROUP:  # noqa: SIM102 (known when compiling, the inner one only when running)
+        if num_own < num_tiles:  # the first tile is one that only the other group sees
+            mbarrier.arrive(k_free.index(0))
+            mbarrier.arrive(v_free.index(0))
+            slot, phase = next_slot(slot, phase, STAGES)
+
+    o_row = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    m_row = o_row < n
+    o_out = o_row.to(gl.int64)[:, None] * (H * D) + o_d
+    b_out = gl.load(p_out + o_out, mask=m_row[:, None], other=0.0)
+    o_m = i_m + gl.arange(0, GROUP, layout_row)
+    b_lse = gl.load(p_lse + o_m, mask=o_m < n, other=float("inf"))
+    mbarrier.wait(own_ready, 0)
+    b_delta = gl.sum(b_out.to(gl.float32) * g_slot.load(layout).to(gl.float32), 1)
+    gl.store(p_delta + o_row, b_delta, mask=m_row)
+    b_delta = gl.convert_layout(b_delta, layout_row)
+    a_q = resident(q_slot, layout_s, IN_REGISTERS)
+    a_g = resident(g_slot, layout_s, IN_REGISTERS)
+
+    # The last tile of keys, the only one with a mask.
+    i_n = (num_own - 1) * BN
+    b_none = gl.zeros([GROUP, BN], gl.float32, layout_s)
+    mbarrier.wait(k_ready.index(slot), phase)
+    if i_n + BN > h:
+        mbarrier.wait(v_ready.index(slot), phase)
+        zero_rows_from(k_slots.index(slot), h - i_n, BN, D)
+        zero_rows_from(v_slots.index(slot), h - i_n, BN, D)
+    b_s = warpgroup_mma(a_q, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False)
+    o_n = (i_n + gl.arange(0, BN, gl.SliceLayout(0, layout_s)))[None, :]
+    m_s = o_n < h
+    if CAUSAL:
+        m_s = m_s & (o_n <= o_m[:, None])
+    b_s = gl.where(m_s, b_s, float("-inf"))
+
+    b_dq = gl.zeros([GROUP, D], gl.float32, layout_acc)
+    if AHEAD:
+        for _ in range(num_tiles - num_own + 1, num_tiles):
+            last_slot = slot
+            mbarrier.wait(v_ready.index(slot), phase)
+            b_dp = warpgroup_mma(a_g, v_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+            slot, phase = next_slot(slot, phase, STAGES)
+            mbarrier.wait(k_ready.index(slot), phase)
+            b_next = warpgroup_mma(a_q, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+            b_p = gl.exp2(b_s * scale_log2 - b_lse[:, None])
+            b_dp = warpgroup_mma_wait(1, deps=[b_dp])
+            mbarrier.arrive(v_free.index(last_slot))
+            b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(dtype), layout_p)
+            b_dq = warpgroup_mma(b_ds, k_slots.index(last_slot), b_dq, is_async=True)
+            b_s, b_dq, b_ds = warpgroup_mma_wait(0, deps=[b_next, b_dq, b_ds])
+            mbarrier.arrive(k_free.index(last_slot))
+        mbarrier.wait(v_ready.index(slot), phase)
+        b_dp = warpgroup_mma(a_g, v_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        b_p = gl.exp2(b_s * scale_log2 - b_lse[:, None])
+    else:
+        mbarrier.wait(v_ready.index(slot), phase)
+        b_dp = warpgroup_mma(a_g, v_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        b_p = gl.exp2(b_s * scale_log2 - b_lse[:, None])
+        for _ in range(num_tiles - num_own + 1, num_tiles):
+            last_slot = slot
+            slot, phase = next_slot(slot, phase, STAGES)
+            b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+            mbarrier.arrive(v_free.index(last_slot))
+            b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(dtype), layout_p)
+            b_dq = warpgroup_mma(b_ds, k_slots.index(last_slot), b_dq, is_async=True)
+            mbarrier.wait(k_ready.index(slot), phase)
+            b_s = warpgroup_mma(a_q, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(slot), phase)
+            b_dp = warpgroup_mma(a_g, v_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+            b_s, b_dq, b_ds = warpgroup_mma_wait(1, deps=[b_s, b_dq, b_ds])
+            mbarrier.arrive(k_free.index(last_slot))
+            b_p = gl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+    b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(dtype), layout_p)
+    b_dq = warpgroup_mma(b_ds, k_slots.index(slot), b_dq)
+    if HAS_TARGETS:  # noqa: SIM102
+        if gl.minimum(i_m + GROUP, n) > h:
+            b_dq = add_self_gradient(b_dq, b_lse, b_delta, memory, strides, i_m, n, h, scale_log2, D, layout_acc)
+
+    # By way of shared memory, where the queries were, so that a warp writes whole rows.
+    q_slot.store((b_dq * scale).to(dtype))
+    gl.store(p_dq + o_out, q_slot.load(layout), mask=m_row[:, None])
+
+
+@gluon.jit(do_not_specialize=["L"])  # pragma: no cover
+def hopper_dq_kernel(
+    desc_q,  # (L, H * D), blocks of (64, D)
+    desc_g,
+    desc_k,  # (L, H_kv * D), blocks of (BN, D)
+    desc_v,
+    p_q,  # (L, H, D)
+    p_g,  # dout, (L, H, D)
+    p_k,  # (L, H_kv, D)
+    p_v,
+    p_out,  # (L, H, D), contiguous
+    p_lse,  # (H, L), float32, base 2
+    p_delta,  # (H, L), float32, written
+    p_dq,  # (L, H, D), contiguous
+    p_tiles,  # (capacity, 8), int32, tiles of 128 queries
+    stride_ql,
+    stride_qh,
+    stride_gl,
+    stride_gh,
+    stride_kl,
+    stride_kh,
+    stride_vl,
+    stride_vh,
+    L,
+    scale,
+    scale_log2,
+    H: gl.constexpr,
+    HEADS_PER_KV: gl.constexpr,
+    D: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_TARGETS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,
+    GROUP_REGISTERS: gl.constexpr,
+):
+    """One row of the tile list and one head: dq and delta of 128 queries of one user."""
+    pid = gl.program_id(0)
+    i_h = pid % H
+    i_kv = i_h // HEADS_PER_KV
+    p_tile = p_tiles + (pid // H).to(gl.int64) * 8
+    bos = gl.load(p_tile)
+    n = gl.load(p_tile + 1)
+    i_m = gl.load(p_tile + 4) * (2 * GROUP)
+    h = gl.load(p_tile + 5)
+    if n == 0:
+        return
+
+    dtype: gl.constexpr = desc_q.dtype
+    q_slots = gl.allocate_shared_memory(dtype, [2, GROUP, D], desc_q.layout)
+    g_slots = gl.allocate_shared_memory(dtype, [2, GROUP, D], desc_g.layout)
+    k_slots = gl.allocate_shared_memory(dtype, [STAGES, BN, D], desc_k.layout)
+    v_slots = gl.allocate_shared_memory(dtype, [STAGES, BN, D], desc_v.layout)
+    own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(own_ready, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()
+
+    num_tiles = count_key_tiles(i_m + GROUP, h, BN, CAUSAL)  # of the second group, which sees no less
+    row = bos.to(gl.int64)
+    p_q += row * stride_ql + i_h * stride_qh
+    p_g += row * stride_gl + i_h * stride_gh
+    p_k += row * stride_kl + i_kv * stride_kh
+    p_v += row * stride_vl + i_kv * stride_vh
+    p_out += (row * H + i_h) * D
+    p_dq += (row * H + i_h) * D
+    i_rowwise = i_h.to(gl.int64) * L + row
+    descs = (desc_q, desc_g, desc_k, desc_v)
+    slots = (q_slots, g_slots, k_slots, v_slots)
+    barriers = (own_ready, k_ready, k_free, v_ready, v_free)
+    coordinates = (bos + i_m, bos, i_h * stride_qh, i_h * stride_gh, i_kv * stride_kh, i_kv * stride_vh, num_tiles)
+    memory = (p_q, p_g, p_k, p_v)
+    strides = (stride_ql, stride_gl, stride_kl, stride_vl)
+    rowwise = (p_lse + i_rowwise, p_delta + i_rowwise)
+    outputs = (p_out, p_dq)
+    sizes = (i_m, n, h, scale, scale_log2)
+    gl.warp_specialize(
+        [
+            (dq_partition, (
+                slots, barriers, coordinates, memory, strides, rowwise, outputs, sizes,
+                H, D, BN, STAGES, CAUSAL, HAS_TARGETS, AHEAD, IN_REGISTERS, 0,
+            )),
+            (dq_partition, (
+                slots, barriers, coordinates, memory, strides, rowwise, outputs, sizes,
+                H, D, BN, STAGES, CAUSAL, HAS_TARGETS, AHEAD, IN_REGISTERS, 1,
+            )),
+            (load_keys_partition, (descs, slots, barriers, coordinates, BN, STAGES)),
+        ],
+        [4, 1],
+        [GROUP_REGISTERS, 24],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """How a program is laid out; no setting changes what is computed."""
+
+    num_stages: int
+    """Slots of the ring; at least 2, for dk and dv 3."""
+
+    in_registers: bool = False
+    """The left operands that stay (q and dout, or k and v) are in registers instead of shared memory."""
+
+    block_n: int = 64
+    """Of dq: keys of a tile, 64 or 128."""
+
+    ahead: bool = False
+    """Of dq: the scores of the next tile are computed while those of the present one are worked on."""
+
+    registers: int = 168
+    """Per thread when a program starts, with 12 warps: 168 fill an SM."""
+
+    group_registers: int = 240
+    """Per thread of the two groups; the loading warp and its 3 idle ones keep 24."""
+
+
+# Head dim -> configurations worth a try on another GPU, the best first.
+DQ_CONFIGS: dict[int, tuple[BackwardConfig, ...]] = {
+    64: (
+        BackwardConfig(num_stages=2, block_n=128),
+        BackwardConfig(num_stages=3, block_n=128),
+        BackwardConfig(num_stages=4),
+        BackwardConfig(num_stages=4, in_registers=True),
+        BackwardConfig(num_stages=4, ahead=True),
+        BackwardConfig(num_stages=4, ahead=True, in_registers=True),
+    ),
+    128: (
+        BackwardConfig(num_stages=2),
+        BackwardConfig(num_stages=3),
+        BackwardConfig(num_stages=3, ahead=True),
+    ),
+}
+DKV_CONFIGS: dict[int, tuple[BackwardConfig, ...]] = {
+    64: (
+        BackwardConfig(num_stages=3),
+        BackwardConfig(num_stages=4),
+        BackwardConfig(num_stages=3, in_registers=True),
+        BackwardConfig(num_stages=4, in_registers=True),
+    ),
+    128: (BackwardConfig(num_stages=3),),
+}
+
+
+def _rowwise_descriptor(x: Tensor) -> TensorDescriptor:
+    """Blocks of `BM` numbers of `(H, L)` float32 taken as a vector, whose start needs no alignment."""
+    layout = gl.NVMMASharedLayout.get_default_for([BM.value], gl.float32)
+    return TensorDescriptor(x, [x.numel()], [1], [BM.value], layout)
+
+
+def launch_hopper_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    delta: Tensor,
+    causal: bool,
+    has_targets: bool,
+    scale: float,
+    dq_config: BackwardConfig | None = None,
+    dkv_config: BackwardConfig | None = None,
+) -> None:
+    """Gradients of self attention of every user in the tile lists, into `dq`, `dk` and `dv`.
+
+    Which calls it can do is what `hopper_forward.supports` says, and H * L stays below 2^31. Tensors that TMA can't
+    read as they lie are copied.
+
+    Args:
+        dout: `(L, H, D)` in q's dtype.
+        q, k, v: as for the forward.
+        out: `(L, H, D)`, contiguous, as the forward left it; so is lse, `(H, L)` float32, contiguous.
+        query_tiles: `(capacity, 8)` int32, the tile list of the queries for blocks of `BLOCK` rows.
+        key_tiles: the same of the keys.
+        dq: `(L, H, D)`, contiguous, in q's dtype, like dk and dv, `(L, H_kv, D)`.
+        delta: `(H, L)` float32, contiguous, for use between the two kernels.
+        causal, has_targets, scale: as for the forward.
+        dq_config, dkv_config: by default the first of `DQ_CONFIGS` and `DKV_CONFIGS`.
+    """
+    dout, q, k, v = (_readable_by_tma(x) for x in (dout, q, k, v))
+    launch_hopper_dq(dout, q, k, v, out, lse, query_tiles, dq, delta, causal, has_targets, scale, dq_config)
+    launch_hopper_dkv(dout, q, k, v, lse, delta, key_tiles, dk, dv, causal, has_targets, scale, dkv_config)
+
+
+def launch_hopper_dq(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_tiles: Tensor,
+    dq: Tensor,
+    delta: Tensor,
+    causal: bool,
+    has_targets: bool,
+    scale: float,
+    config: BackwardConfig | None = None,
+) -> None:
+    """The first half of `launch_hopper_backward`: `dq` and `delta`."""
+    L, H, D = q.shape
+    config = DQ_CONFIGS[D][0] if config is None else config
+    if len(query_tiles) == 0:
+        return
+    dout, q, k, v = (_readable_by_tma(x) for x in (dout, q, k, v))
+    with launch_on(q.device):
+        hopper_dq_kernel[grid_of(query_tiles, H)](
+            _descriptor(q, BLOCK // 2), _descriptor(dout, BLOCK // 2),
+            _descriptor(k, config.block_n), _descriptor(v, config.block_n),
+            q, dout, k, v, out, lse, delta, dq, query_tiles,
+            *q.stride()[:2], *dout.stride()[:2], *k.stride()[:2], *v.stride()[:2], L, scale, scale * LOG2_E,
+            H=H, HEADS_PER_KV=H // k.shape[1], D=D, BN=config.block_n, STAGES=config.num_stages, CAUSAL=causal,
+            HAS_TARGETS=has_targets, AHEAD=config.ahead, IN_REGISTERS=config.in_registers,
+            GROUP_REGISTERS=config.group_registers, num_warps=4, maxnreg=config.registers,
+        )  # fmt: skip
+
+
+def launch_hopper_dkv(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    key_tiles: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    causal: bool,
+    has_targets: bool,
+    scale: float,
+    config: BackwardConfig | None = None,
+) -> None:
+    """The second half of `launch_hopper_backward`: `dk` and `dv`, with the first half's delta."""
+    L, H, D = q.shape
+    num_kv = k.shape[1]
+    config = DKV_CONFIGS[D][0] if config is None else config
+    if len(key_tiles) == 0:
+        return
+    dout, q, k, v = (_readable_by_tma(x) for x in (dout, q, k, v))
+    with launch_on(q.device):
+        hopper_dkv_kernel[grid_of(key_tiles, num_kv)](
+            _descriptor(q, BM.value), _descriptor(dout, BM.value),
+            _descriptor(k, BLOCK // 2), _descriptor(v, BLOCK // 2),
+            _rowwise_descriptor(lse), _rowwise_descriptor(delta),
+            q, dout, k, v, lse, delta, dk, dv, key_tiles,
+            *q.stride()[:2], *dout.stride()[:2], *k.stride()[:2], *v.stride()[:2], L, scale, scale * LOG2_E,
+            NUM_KV=num_kv, HEADS_PER_KV=H // num_kv, D=D, STAGES=config.num_stages, CAUSAL=causal,
+            HAS_TARGETS=has_targets, IN_REGISTERS=config.in_registers,
+            GROUP_REGISTERS=config.group_registers, num_warps=4, maxnreg=config.registers,
+        )  # fmt: skip
