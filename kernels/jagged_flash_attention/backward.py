@@ -167,6 +167,7 @@ def dkv_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """dk and dv of one tile of BN keys of one user and key head."""
     pid = tl.program_id(0)
@@ -198,22 +199,25 @@ def dkv_kernel(
         if HAS_WINDOW:  # candidates, which know no window, have their own loop
             num_queries = h
         lo, full_lo, full_hi, hi = query_range(i_n, num_queries, h, window, BM, BN, CAUSAL, HAS_WINDOW)
-        for part in tl.static_range(0 if CAUSAL or HAS_WINDOW else 1, 4 if HAS_WINDOW and HAS_TARGETS else 3):
+        for part in tl.static_range(0 if CAUSAL or HAS_WINDOW or not SPLIT else 1, 4):
             begin, end = lo, full_lo
-            if part == 1:  # the only one not masked
+            if part == 3:  # candidates, where the others have a window
+                begin, end = h, tl.where(i_n < h, n, h)
+                num_queries = n
+            elif not SPLIT:
+                end = hi
+            elif part == 1:  # the only one not masked
                 begin, end = full_lo, full_hi
             elif part == 2:
                 begin, end = full_hi, hi
-            elif part == 3:  # candidates
-                begin, end = h, tl.where(i_n < h, n, h)
-                num_queries = n
-            b_dk, b_dv = accumulate_dkv(
-                b_dk, b_dv, b_k, b_v, p_head_q, p_head_dout, desc_q, desc_dout,
-                p_head_lse, p_head_delta, stride_ql, stride_gl, i_n, begin, end, q_row, i_h * D, i_h * D,
-                num_queries, h, window, scale, scale_log2, seed, i_h, drop_below, keep_scale,
-                D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA,
-                part != 1, HAS_WINDOW or part == 0,
-            )  # fmt: skip
+            if (SPLIT or part == 0) if part < 3 else (HAS_WINDOW and HAS_TARGETS):
+                b_dk, b_dv = accumulate_dkv(
+                    b_dk, b_dv, b_k, b_v, p_head_q, p_head_dout, desc_q, desc_dout,
+                    p_head_lse, p_head_delta, stride_ql, stride_gl, i_n, begin, end, q_row, i_h * D, i_h * D,
+                    num_queries, h, window, scale, scale_log2, seed, i_h, drop_below, keep_scale,
+                    D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA,
+                    part != 1, HAS_WINDOW or (CAUSAL and part == 0),
+                )  # fmt: skip
 
     if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
         # A candidate key is seen by itself alone; what the loops gave its row is discarded.
@@ -345,6 +349,7 @@ def dq_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """dq and delta of one tile of BM queries of one user and head: the same walk over the keys as the forward."""
     pid = tl.program_id(0)
@@ -376,9 +381,12 @@ def dq_kernel(
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
 
     lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-    for part in tl.static_range(0 if HAS_WINDOW else 1, 3):  # masked, not masked, masked
+    # Masked, not masked, masked; or all of it masked.
+    for part in tl.static_range(0 if HAS_WINDOW or not SPLIT else 1, 3 if SPLIT else 1):
         begin, end = lo, full_lo
-        if part == 1:
+        if not SPLIT:
+            end = hi
+        elif part == 1:
             begin, end = full_lo, full_hi
         elif part == 2:
             begin, end = full_hi, hi
@@ -439,7 +447,7 @@ def launch_backward(
             dq_kernel[grid_of(query_tiles, H)](
                 q, k, v, dout, out, desc_k, desc_v, lse, delta, dq, query_tiles, seed, *strides,
                 L, call.window or 0, *scales,
-                BM=tiles.dq.block_m, BN=tiles.dq.block_n, TMA=desc_k is not k, **constants,
+                BM=tiles.dq.block_m, BN=tiles.dq.block_n, TMA=desc_k is not k, SPLIT=tiles.dq.split, **constants,
                 **tiles.dq.options(),
             )  # fmt: skip
         if len(key_tiles) > 0:
@@ -447,7 +455,7 @@ def launch_backward(
             dkv_kernel[grid_of(key_tiles, Hk)](
                 q, k, v, dout, desc_q, desc_dout, lse, delta, dk, dv, key_tiles, seed, *strides,
                 L, call.window or 0, *scales,
-                BM=tiles.dkv.block_m, BN=tiles.dkv.block_n, TMA=desc_q is not q, **constants,
+                BM=tiles.dkv.block_m, BN=tiles.dkv.block_n, TMA=desc_q is not q, SPLIT=tiles.dkv.split, **constants,
                 **tiles.dkv.options(),
             )  # fmt: skip
         if len(short_users) > 0 and tiles.short is not None:

@@ -167,6 +167,7 @@ def jagged_flash_attention_forward_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """One tile of BM queries of one user and head."""
     pid = tl.program_id(0)
@@ -191,9 +192,12 @@ def jagged_flash_attention_forward_kernel(
     b_sum = tl.zeros([BM], dtype=tl.float32)
 
     lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-    for part in tl.static_range(0 if HAS_WINDOW else 1, 3):  # masked, not masked, masked
+    # Masked, not masked, masked; or all of it masked.
+    for part in tl.static_range(0 if HAS_WINDOW or not SPLIT else 1, 3 if SPLIT else 1):
         begin, end = lo, full_lo
-        if part == 1:
+        if not SPLIT:
+            end = hi
+        elif part == 1:
             begin, end = full_lo, full_hi
         elif part == 2:
             begin, end = full_hi, hi
@@ -240,6 +244,6 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, t
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             L, call.window or 0, call.scale * LOG2_E, call.drop_below, call.keep_scale,
             H=H, G=H // k.shape[1], D=D, BM=tile.block_m, BN=tile.block_n, BD=triton.next_power_of_2(D),
-            **call.constants(), TMA=desc_k is not k, **tile.options(),
+            **call.constants(), TMA=desc_k is not k, SPLIT=tile.split, **tile.options(),
         )  # fmt: skip
     return out, lse

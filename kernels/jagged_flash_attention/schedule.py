@@ -313,7 +313,7 @@ def _tile_lists_fake(
 
 
 def tile_capacity(total: int, num_users: int, block: int, at_most: int = MAX_ROWS) -> int:
-    """Rows of a list: no fewer than the tiles that `num_users` users of `at_most` tokens, together `total`, can have."""
+    """Rows of a list: no fewer than the tiles that `num_users` users of `at_most` tokens, `total` in all, can have."""
     return num_users if at_most <= block else total // block + num_users
 
 

@@ -32,6 +32,9 @@ class Tile:
     tma: bool = False
     """Inner tiles come through Hopper's copy engine, where it can read the tensors."""
 
+    split: bool = True
+    """Tiles that need no mask have a loop of their own; for short users one loop with a mask is less work."""
+
     max_registers: int | None = None
     """Of a thread: fewer let more programs share a multiprocessor."""
 

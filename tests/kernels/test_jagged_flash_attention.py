@@ -167,6 +167,36 @@ def test_dropout_does_not_depend_on_tiles(
     assert_kernel_matches_reference(DROPOUT[name].on_device(kernel_device), kernel_device)
 
 
+OTHER_TILES = {
+    "one_loop": Tiles(
+        forward=Tile(32, 16, 4, 1, split=False),
+        dkv=Tile(16, 32, 4, 1, split=False),
+        dq=Tile(16, 32, 4, 1, split=False),
+    ),
+    "tma": Tiles(
+        forward=Tile(32, 16, 4, 2, tma=True), dkv=Tile(16, 32, 4, 2, tma=True), dq=Tile(16, 32, 4, 2, tma=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("has_candidates", [False, True], ids=["history", "candidates"])
+@pytest.mark.parametrize("window", [None, 7], ids=["all", "window"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("tiles", OTHER_TILES.values(), ids=OTHER_TILES.keys())
+def test_other_ways_through_the_tiles(
+    tiles: Tiles,
+    causal: bool,
+    window: int | None,
+    has_candidates: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel_device: torch.device,
+) -> None:
+    """Ways that a GPU may take and the interpreter's own tiles don't."""
+    monkeypatch.setattr(op, "choose_tiles", lambda *_: tiles)
+    case = Case(MIXED, num_heads=1, causal=causal, window=window, has_candidates=has_candidates, dtype=torch.float16)
+    assert_kernel_matches_reference(case.on_device(kernel_device), kernel_device)
+
+
 @pytest.mark.parametrize(
     "case", [Case([33, 0, 5], head_dim=64, group=2, has_candidates=True), DROPOUT["cross"]], ids=["self", "cross"]
 )
