@@ -163,8 +163,8 @@ def rounding_of_delta(case: Case, out: Tensor, device: torch.device) -> dict[str
 
     Every flash attention has this error; plain PyTorch, which keeps the probabilities, has not. It matters for queries
     that see one key. Their exact dq is zero, and so is what they give to dk, but under dropout out is v / (1 - p),
-    which has to be rounded; and in float32 the two sums differ in their last bits, which adds up where hundreds of queries
-    see the same key.
+    which has to be rounded; and in float32 the two sums differ in their last bits, which adds up where hundreds of
+    queries see the same key.
     """
     q, k, _, dout = (x.double() for x in case.make_qkvg(device))
     options = case.options(device) | {"dropout_p": 0.0}
