@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jagged_flash_attention.backward_short import launch_short_users
-from kernels.jagged_flash_attention.forward import LOG2_E
 from kernels.jagged_flash_attention.launch import Call, descriptors, grid_of, launch_on
 from kernels.jagged_flash_attention.tiles import (
     is_kept,
@@ -72,12 +71,10 @@ def accumulate_dkv(
     lo,
     hi,
     q_row,
-    column_q,
-    column_g,
+    column,
     num_queries,
     h,
     window,
-    scale,
     scale_log2,
     seed,
     i_h,
@@ -103,8 +100,8 @@ def accumulate_dkv(
     o_n = i_n + tl.arange(0, BN)[:, None]
     for i_m in tl.range(lo, hi, BM):
         if TMA and not EDGE:
-            b_q = desc_q.load([q_row + i_m, column_q])
-            b_dout = desc_dout.load([q_row + i_m, column_g])
+            b_q = desc_q.load([q_row + i_m, column])
+            b_dout = desc_dout.load([q_row + i_m, column])
         else:
             b_q = load_tile(p_q, i_m, num_queries, stride_ql, D, BM, BD, EDGE)
             b_dout = load_tile(p_dout, i_m, num_queries, stride_gl, D, BM, BD, EDGE)
@@ -199,25 +196,27 @@ def dkv_kernel(
         if HAS_WINDOW:  # candidates, which know no window, have their own loop
             num_queries = h
         lo, full_lo, full_hi, hi = query_range(i_n, num_queries, h, window, BM, BN, CAUSAL, HAS_WINDOW)
-        for part in tl.static_range(0 if CAUSAL or HAS_WINDOW or not SPLIT else 1, 4):
+        if not SPLIT:  # one loop, all of it masked
+            full_lo = hi
+        for part in tl.static_range(0 if CAUSAL or HAS_WINDOW or not SPLIT else 1, 3 if SPLIT else 1):
             begin, end = lo, full_lo
-            if part == 3:  # candidates, where the others have a window
-                begin, end = h, tl.where(i_n < h, n, h)
-                num_queries = n
-            elif not SPLIT:
-                end = hi
-            elif part == 1:  # the only one not masked
+            if part == 1:  # the only one not masked
                 begin, end = full_lo, full_hi
             elif part == 2:
                 begin, end = full_hi, hi
-            if (SPLIT or part == 0) if part < 3 else (HAS_WINDOW and HAS_TARGETS):
-                b_dk, b_dv = accumulate_dkv(
-                    b_dk, b_dv, b_k, b_v, p_head_q, p_head_dout, desc_q, desc_dout,
-                    p_head_lse, p_head_delta, stride_ql, stride_gl, i_n, begin, end, q_row, i_h * D, i_h * D,
-                    num_queries, h, window, scale, scale_log2, seed, i_h, drop_below, keep_scale,
-                    D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION, TMA,
-                    part != 1, HAS_WINDOW or (CAUSAL and part == 0),
-                )  # fmt: skip
+            b_dk, b_dv = accumulate_dkv(
+                b_dk, b_dv, b_k, b_v, p_head_q, p_head_dout, desc_q, desc_dout, p_head_lse, p_head_delta,
+                stride_ql, stride_gl, i_n, begin, end, q_row, i_h * D, num_queries, h, window, scale_log2,
+                seed, i_h, drop_below, keep_scale, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION,
+                TMA, part != 1, HAS_WINDOW or (CAUSAL and part == 0),
+            )  # fmt: skip
+        if HAS_WINDOW and HAS_TARGETS:
+            b_dk, b_dv = accumulate_dkv(
+                b_dk, b_dv, b_k, b_v, p_head_q, p_head_dout, desc_q, desc_dout, p_head_lse, p_head_delta,
+                stride_ql, stride_gl, i_n, h, tl.where(i_n < h, n, h), q_row, i_h * D, n, h, window, scale_log2,
+                seed, i_h, drop_below, keep_scale, D, BM, BN, BD, CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION,
+                TMA, True, True,
+            )  # fmt: skip
 
     if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
         # A candidate key is seen by itself alone; what the loops gave its row is discarded.
@@ -381,12 +380,11 @@ def dq_kernel(
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
 
     lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-    # Masked, not masked, masked; or all of it masked.
-    for part in tl.static_range(0 if HAS_WINDOW or not SPLIT else 1, 3 if SPLIT else 1):
+    if not SPLIT:  # one loop, all of it masked
+        full_lo = hi
+    for part in tl.static_range(0 if HAS_WINDOW or not SPLIT else 1, 3 if SPLIT else 1):  # masked, not masked, masked
         begin, end = lo, full_lo
-        if not SPLIT:
-            end = hi
-        elif part == 1:
+        if part == 1:
             begin, end = full_lo, full_hi
         elif part == 2:
             begin, end = full_hi, hi
@@ -439,7 +437,7 @@ def launch_backward(
     block_d = triton.next_power_of_2(D)
     seed = query_tiles if call.seed is None else call.seed
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
-    scales = (call.scale, call.scale * LOG2_E, call.drop_below, call.keep_scale)
+    scales = (call.scale, call.scale_log2, call.drop_below, call.keep_scale)
     constants = {"H": H, "G": H // Hk, "D": D, "BD": block_d, **call.constants()}
     with launch_on(q.device):
         if len(query_tiles) > 0:

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged_flash_attention.forward import LOG2_E
 from kernels.jagged_flash_attention.launch import Call, grid_of
 from kernels.jagged_flash_attention.tiles import (
     is_kept,
@@ -141,6 +140,6 @@ def launch_short_users(
     short_users_kernel[grid_of(tiles, Hk)](
         q, k, v, dout, out, lse, *gradients, tiles, tiles if call.seed is None else call.seed,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2],
-        q.shape[0], call.window or 0, call.scale, call.scale * LOG2_E, call.drop_below, call.keep_scale,
+        q.shape[0], call.window or 0, call.scale, call.scale_log2, call.drop_below, call.keep_scale,
         H=H, G=H // Hk, D=D, BM=tile.block_m, BD=triton.next_power_of_2(D), **call.constants(), **tile.options(),
     )  # fmt: skip

@@ -8,8 +8,6 @@ recomputes the probabilities. Names: see tiles.py.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +24,6 @@ from kernels.jagged_flash_attention.tiles import (
     visible_keys,
 )
 from kernels.jagged_flash_attention.tuning import Tile
-
-LOG2_E = math.log2(math.e)
 
 
 @triton.jit  # pragma: no cover
@@ -192,12 +188,11 @@ def jagged_flash_attention_forward_kernel(
     b_sum = tl.zeros([BM], dtype=tl.float32)
 
     lo, full_lo, full_hi, hi = key_range(i_m, n, h, window, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-    # Masked, not masked, masked; or all of it masked.
-    for part in tl.static_range(0 if HAS_WINDOW or not SPLIT else 1, 3 if SPLIT else 1):
+    if not SPLIT:  # one loop, all of it masked
+        full_lo = hi
+    for part in tl.static_range(0 if HAS_WINDOW or not SPLIT else 1, 3 if SPLIT else 1):  # masked, not masked, masked
         begin, end = lo, full_lo
-        if not SPLIT:
-            end = hi
-        elif part == 1:
+        if part == 1:
             begin, end = full_lo, full_hi
         elif part == 2:
             begin, end = full_hi, hi
@@ -242,7 +237,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, t
         jagged_flash_attention_forward_kernel[grid_of(tiles, H)](
             q, k, v, desc_k, desc_v, out, lse, tiles, tiles if call.seed is None else call.seed,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            L, call.window or 0, call.scale * LOG2_E, call.drop_below, call.keep_scale,
+            L, call.window or 0, call.scale_log2, call.drop_below, call.keep_scale,
             H=H, G=H // k.shape[1], D=D, BM=tile.block_m, BN=tile.block_n, BD=triton.next_power_of_2(D),
             **call.constants(), TMA=desc_k is not k, SPLIT=tile.split, **tile.options(),
         )  # fmt: skip

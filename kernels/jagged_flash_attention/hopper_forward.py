@@ -420,22 +420,21 @@ CONFIGS: dict[int, tuple[HopperConfig, ...]] = {
 }
 
 
-def supports(q: Tensor, call: Call) -> bool:
+def supports(q: Tensor, window: int | None, dropout_p: float) -> bool:
     """Whether `launch_hopper_forward` can do this self attention, by what is known while tracing too.
 
     It takes head dim 64 or 128, bfloat16 or float16, no window and no dropout, on compute capability 9.x. Tensors that
     TMA can't read as they lie are copied.
     """
-    is_plain = call.window is None and call.dropout_p == 0.0
-    return is_plain and q.shape[-1] in CONFIGS and q.dtype in GLUON_DTYPES
+    return window is None and dropout_p == 0.0 and q.shape[-1] in CONFIGS and q.dtype in GLUON_DTYPES
 
 
 def _readable_by_tma(x: Tensor) -> Tensor:
     """`(L, H, D)` that can be read as a matrix of L rows, 16 bytes at a time; a copy if x can't."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
     is_aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-    last_column = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-    if is_aligned and x.stride(-1) == 1 and last_column < 2**31:
+    last_column = (x.shape[1] - 1) * x.stride(1) + x.shape[2]  # rows must not overlap: heads lie inside a row
+    if is_aligned and x.stride(-1) == 1 and last_column <= x.stride(0):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -470,7 +469,7 @@ def launch_hopper_forward(
         hopper_forward_kernel[grid_of(tiles, H)](
             _descriptor(q, BLOCK // 2), _descriptor(k, config.block_n), _descriptor(v, config.block_n),
             q, k, v, out, lse, tiles,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), L, call.scale * LOG2_E,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), L, call.scale_log2,
             H=H, HEADS_PER_KV=H // k.shape[1], D=D, BN=config.block_n, STAGES=config.num_stages,
             CAUSAL=call.causal, HAS_TARGETS=call.has_targets, TAKE_TURNS=config.take_turns,
             HAS_LOADER=config.has_loader, GROUP_REGISTERS=config.group_registers, num_warps=4, maxnreg=config.registers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # while the modules with the kernels are being imported. Setting the variable later has no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+LOG2_E = math.log2(math.e)
 MAX_GRID = 2**31 - 1  # of the x dimension; y and z end at 65,535, which batch x heads would pass
 MAX_ROW_STRIDE = 2**23  # elements: a tile of up to 256 rows is then addressed with int32
 
@@ -56,12 +58,14 @@ def _quiet_interpreter() -> Iterator[None]:
         yield
 
 
-def is_traced() -> bool:
+def is_traced(*tensors: Tensor) -> bool:
     """Whether somebody records operators (torch.compile, torch.export, fake tensors, a counter of FLOPs).
 
     Only then do calls have to go through `torch.library` operators, which cost the host more than a short kernel takes.
     """
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class Call:
 
     precision: str = "ieee"
     """Of float32 products: `ieee` or `tf32`."""
+
+    @property
+    def scale_log2(self) -> float:
+        """Brings scores to base 2."""
+        return self.scale * LOG2_E
 
     @property
     def drop_below(self) -> int:

@@ -108,16 +108,16 @@ def jagged_flash_attention(
     require_triton(q.device)
     longest = max(max_seqlen, max_key_seqlen or 0)
     tiles = choose_tiles(q.shape[-1], q.dtype, q.device, longest, causal)
-    call = Call(causal, window, num_targets is not None, scale, dropout_p, seed, precision)
-    for_hopper = tiles.hopper_forward is not None and key_offsets is None and supports(q, call)
-    forward_block = HOPPER_BLOCK if for_hopper else tiles.forward.block_m
+    for_hopper = key_offsets is None and supports(q, window, dropout_p)
+    blocks = _blocks(tiles, for_hopper)
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    lists = _tile_lists(schedule, forward_block, tiles, causal, has_gradient)
+    # Without a gradient only the first list is needed.
+    lists = schedule.for_training(*blocks, causal) if has_gradient else schedule.query_tiles(blocks[:1], causal) * 4
     arguments = (
-        q, k, v, *lists, seed, longest, for_hopper,
+        q, k, v, *lists, seed, list(blocks), longest, for_hopper,
         causal, window, num_targets is not None, scale, dropout_p, precision,
     )  # fmt: skip
-    if is_traced():
+    if is_traced(q, k, v, offsets):
         out, _ = _forward_op(*arguments)
         return out
     out = _Attention.apply(*arguments)
@@ -125,12 +125,25 @@ def jagged_flash_attention(
     return out
 
 
-def _tile_lists(schedule: Schedule, forward: int, tiles: Tiles, causal: bool, has_gradient: bool) -> list[Tensor]:
-    """Of the forward, of dq, of dk and dv, of short users' backward; without a gradient only the first is needed."""
-    if not has_gradient:
-        return schedule.query_tiles([forward], causal) * 4
-    short = 0 if tiles.short is None else tiles.short.block_m
-    return schedule.for_training(forward, tiles.dq.block_m, tiles.dkv.block_n, short, causal)
+def _blocks(tiles: Tiles, for_hopper: bool) -> tuple[int, int, int, int]:
+    """Rows of a tile on the lists of the forward, of dq, of dk and dv, and of short users; 0: there is no such list."""
+    forward = HOPPER_BLOCK if for_hopper and tiles.hopper_forward is not None else tiles.forward.block_m
+    return forward, tiles.dq.block_m, tiles.dkv.block_n, 0 if tiles.short is None else tiles.short.block_m
+
+
+def _chosen_tiles(q: Tensor, blocks: list[int], longest: int, for_hopper: bool, causal: bool) -> Tiles:
+    """The tiles that the lists were made for.
+
+    Raises:
+        ValueError: a program that was traced elsewhere, where other tiles were chosen.
+    """
+    tiles = choose_tiles(q.shape[-1], q.dtype, q.device, longest, causal)
+    if list(_blocks(tiles, for_hopper)) != list(blocks):
+        raise ValueError(
+            f"this program was traced with tiles of {blocks} rows, for another GPU or tuning; here they have "
+            f"{list(_blocks(tiles, for_hopper))}: trace it again"
+        )
+    return tiles
 
 
 def _interpretable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -153,6 +166,7 @@ def _forward(
     dkv_tiles: Tensor,
     short_users: Tensor,
     seed: Tensor | None,
+    blocks: list[int],
     longest: int,
     for_hopper: bool,
     causal: bool,
@@ -162,9 +176,8 @@ def _forward(
     dropout_p: float,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    require_triton(q.device)
     call = Call(causal, window, has_targets, scale, dropout_p, seed, precision)
-    tiles = choose_tiles(q.shape[-1], q.dtype, q.device, longest, causal)
+    tiles = _chosen_tiles(q, blocks, longest, for_hopper, causal)
     if for_hopper and tiles.hopper_forward is not None:
         return launch_hopper_forward(q, k, v, forward_tiles, call, tiles.hopper_forward)
     q_, k_, v_ = _interpretable((q, k, v))
@@ -183,6 +196,7 @@ def _backward(
     dkv_tiles: Tensor,
     short_users: Tensor,
     seed: Tensor | None,
+    blocks: list[int],
     longest: int,
     for_hopper: bool,
     causal: bool,
@@ -193,7 +207,7 @@ def _backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(causal, window, has_targets, scale, dropout_p, seed, precision)
-    tiles = choose_tiles(q.shape[-1], q.dtype, q.device, longest, causal)
+    tiles = _chosen_tiles(q, blocks, longest, for_hopper, causal)
     dout = dout if readable_in_place(dout) else dout.contiguous()
     dout_, q_, k_, v_, out_ = _interpretable((dout, q, k, v, out))
     dq, dk, dv = launch_backward(dout_, q_, k_, v_, out_, lse, dq_tiles, dkv_tiles, short_users, call, tiles)
@@ -218,7 +232,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 13)
+        run = _backward_op if is_traced(dout) else _backward
+        return (*run(dout, *ctx.saved_tensors, *ctx.options), *[None] * 14)
 
 
 _forward_op = torch.library.custom_op("recsys_kernels::jagged_flash_attention", _forward, mutates_args=())
@@ -242,7 +257,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _op_backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 13)
+    return (*_backward_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 14)
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -293,6 +293,12 @@ def _program_shape(num_users: int, most_tiles: int) -> dict[str, Any]:
 tile_lists_op = torch.library.custom_op("recsys_kernels::jagged_tile_lists", make_tile_lists, mutates_args=())
 
 
+def _make_to_be_saved(*arguments: Any) -> Tensor:
+    """`make_tile_lists`; under torch.inference_mode too a list that a later backward may save."""
+    with torch.inference_mode(False):
+        return make_tile_lists(*arguments)
+
+
 @tile_lists_op.register_fake
 def _tile_lists_fake(
     offsets: Tensor,
@@ -443,7 +449,7 @@ class Schedule:
         own, other = (self.keys, self.queries) if of_keys else (self.queries, self.keys)
         other_offsets = other[0] if self.is_cross else None
         keys_are_other = self.is_cross and not of_keys
-        make = tile_lists_op if is_traced() else make_tile_lists
+        make = tile_lists_op if is_traced(own[0]) else _make_to_be_saved
         lists = make(
             own[0], other_offsets, self.num_targets, *own[1:], *other[1:], blocks, descending,
             [spec.more_than for spec in specs], at_most, keys_are_other,

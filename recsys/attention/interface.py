@@ -95,7 +95,9 @@ class JaggedLayout:
 
     def cached(self, kind: str, mask: MaskSpec, build: Callable[[], T]) -> T:
         """`build()`, made once per layout and mask: all layers of a step share it."""
-        key = (kind, mask)  # the key keeps `mask.num_targets` alive, so its identity can't be reused
+        # Not the mask itself: torch.compile can't make one as a key. The key keeps `num_targets` alive, so that its
+        # identity, by which tensors are told apart, can't be reused.
+        key = (kind, mask.causal, mask.window, mask.num_targets)
         if key not in self._cache:
             self._cache[key] = build()
         return self._cache[key]

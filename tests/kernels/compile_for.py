@@ -17,7 +17,6 @@ from triton.runtime.jit import JITFunction
 
 from kernels.jagged_flash_attention import (
     backward,
-    checks,
     forward,
     hopper_forward,
     jagged_flash_attention,
@@ -90,7 +89,6 @@ def call(
 
 def main() -> None:
     compiled = pretend(int(sys.argv[1]), int(sys.argv[2]))
-    checks.check_offsets = lambda *args: None  # type: ignore[assignment]
     call(64, has_targets=True)
     call(64, causal=False, has_targets=True, window=9, dropout_p=0.1, group=2)
     call(64, max_seqlen=2048)

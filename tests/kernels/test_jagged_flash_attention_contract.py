@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -341,6 +342,40 @@ def test_exports_with_a_dynamic_total(kernel_device: torch.device) -> None:
     assert torch.equal(program.module()(*qkv, offsets, seed), Attention()(*qkv, offsets, seed))
 
 
+def test_a_program_traced_for_other_tiles_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    """The rows of a tile are part of an exported program; another GPU may have chosen others."""
+    case = Case([6, 3])
+    inputs = (*case.make_qkvg(kernel_device)[:3], case.make_offsets(kernel_device), torch.tensor([3]).to(kernel_device))
+    program = torch.export.export(Attention(), inputs)
+    here = op.choose_tiles(case.head_dim, case.dtype, kernel_device, 12, True)
+    elsewhere = replace(here, forward=replace(here.forward, block_m=2 * here.forward.block_m))
+    monkeypatch.setattr(op, "choose_tiles", lambda *_: elsewhere)
+    with pytest.raises(ValueError, match="trace it again"):
+        program.module()(*inputs)
+
+
+def test_fake_tensors_outside_their_mode(kernel_device: torch.device) -> None:
+    """They hold no data, and nobody but they themselves says that something is being traced."""
+    case = Case([6, 3])
+    *qkv, _ = case.make_qkvg(kernel_device)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (*qkv, case.make_offsets(kernel_device))]
+    assert jagged_flash_attention(*fake, case.max_seqlen).shape == qkv[0].shape
+
+
+def test_a_schedule_used_in_inference_serves_training(kernel_device: torch.device) -> None:
+    case = Case([6, 3])
+    *qkv, dout = case.make_qkvg(kernel_device)
+    offsets = case.make_offsets(kernel_device)
+    schedule = Schedule(offsets, 9, case.max_seqlen)
+    with torch.inference_mode():
+        evaluated = jagged_flash_attention(*qkv, offsets, case.max_seqlen, schedule=schedule)
+    trained = with_gradients(jagged_flash_attention, qkv, dout, offsets, case.max_seqlen, schedule=schedule)
+    assert torch.equal(evaluated, trained["out"])
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -361,7 +396,7 @@ def test_custom_op_is_registered_properly(
         return registered(*args)
 
     monkeypatch.setattr(op, "_forward_op", recorded)
-    monkeypatch.setattr(op, "is_traced", lambda: True)
+    monkeypatch.setattr(op, "is_traced", lambda *_: True)
     run(jagged_flash_attention, case, kernel_device)
     (args,) = calls
     torch.library.opcheck(registered, args)

@@ -1,0 +1,80 @@
+"""The kernels written for Hopper compute what the portable ones compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.jagged_flash_attention import jagged_flash_attention, op
+from kernels.jagged_flash_attention.hopper_forward import CONFIGS, HopperConfig
+from kernels.jagged_flash_attention.tuning import choose_tiles
+from tests.kernels.jagged_cases import LAYOUTS, Case, assert_kernel_matches_reference, with_gradients
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+# Around the rows of a group (64) and of a tile (128). Where there are candidates, two of these users have nothing else.
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 300, 0, 20]
+
+EVERY_CONFIG = [(dim, config) for dim, configs in CONFIGS.items() for config in configs]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    return torch.device("cuda")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, config: HopperConfig) -> None:
+    """Have the forward computed for Hopper, whatever the table says."""
+    monkeypatch.setattr(op, "choose_tiles", lambda *args: replace(choose_tiles(*args), hopper_forward=config))
+
+
+@pytest.mark.parametrize("has_candidates", [False, True], ids=["history", "candidates"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("head_dim", "config"), EVERY_CONFIG, ids=str)
+def test_masks(
+    head_dim: int,
+    config: HopperConfig,
+    causal: bool,
+    has_candidates: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    use(monkeypatch, config)
+    case = Case(
+        LENGTHS, head_dim=head_dim, dtype=torch.bfloat16, causal=causal, has_candidates=has_candidates, slack=1000
+    )
+    assert_kernel_matches_reference(case, device)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("head_dim", list(CONFIGS))
+def test_layouts_and_grouped_queries(
+    head_dim: int, group: int, layout: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """What the copy engine reads in place, and what it has to be given a copy of."""
+    use(monkeypatch, CONFIGS[head_dim][0])
+    case = Case(LENGTHS, num_heads=4, group=group, head_dim=head_dim, dtype=torch.float16, layout=layout, slack=1000)
+    assert_kernel_matches_reference(case, device)
+
+
+@pytest.mark.parametrize(("head_dim", "config"), EVERY_CONFIG, ids=str)
+def test_a_user_of_nan_stays_alone(
+    head_dim: int, config: HopperConfig, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """The copy engine reads past a user's end, into the next one."""
+    use(monkeypatch, config)
+    case = Case([70, 50, 200, 30], head_dim=head_dim, dtype=torch.bfloat16, has_candidates=True, slack=1000)
+    *qkv, dout = case.make_qkvg(device)
+    args, options = (case.make_offsets(device), case.max_seqlen), case.options(device)
+    expected = with_gradients(jagged_flash_attention, qkv, dout, *args, **options)
+    for x in (*qkv, dout):
+        x[70:120] = float("nan")
+    actual = with_gradients(jagged_flash_attention, qkv, dout, *args, **options)
+    for name in expected:
+        assert torch.equal(actual[name][:70], expected[name][:70]), name
+        assert torch.equal(actual[name][120:], expected[name][120:]), name
