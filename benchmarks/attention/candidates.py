@@ -1,0 +1,120 @@
+"""Which tiles are worth a try on a GPU: the short lists that `tune` measures, and why they hold what they hold.
+
+- A program of 64 queries (dk and dv: 64 keys) and 4 warps is one group of warps that shares a matrix product. 32 rows
+  waste less on short users, 128 rows with 8 warps read keys less often for long ones.
+- What is streamed comes in 32 or 64 rows. The larger the head dim, the fewer fit: accumulators are rows x head dim in
+  float32 registers.
+- Stages are loads in flight. One for the backward of short users, whose loops end before a pipeline is full.
+- A limit on registers puts more programs on a multiprocessor, and makes those spill that need more; so it is tried in
+  the one or two sizes that have paid.
+- Hopper and later have a copy engine (`tma`), which pays with two stages and more.
+- One loop that masks everything (not `split`) spares short users the way through loops that have nothing to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from kernels.jagged_flash_attention.hopper_forward import BLOCK as HOPPER_BLOCK
+from kernels.jagged_flash_attention.hopper_forward import CONFIGS, GLUON_DTYPES, HopperConfig
+from kernels.jagged_flash_attention.tuning import Tile, Tiles
+
+KERNELS = ("forward", "dq", "dkv", "short", "hopper_forward")
+Candidate = Tile | HopperConfig
+Sizes = tuple[int, int, int, int]  # block_m, block_n, warps, stages
+
+# Kernel -> greatest padded head dim -> sizes, and limits on registers besides none.
+TENSOR_CORE_TILES: dict[str, dict[int, tuple[Sequence[Sizes], Sequence[int]]]] = {
+    "forward": {
+        32: (((32, 32, 2, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2)), (64,)),
+        64: (((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3)), (80, 112)),
+        128: (((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)), ()),
+        256: (((32, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)), ()),
+    },
+    "dq": {
+        32: (((32, 32, 2, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3)), (80,)),
+        64: (((64, 32, 4, 1), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3)), (96,)),
+        128: (((64, 32, 4, 1), (64, 32, 4, 2), (64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2)), ()),
+        256: (((32, 16, 4, 1), (32, 32, 4, 1), (64, 32, 8, 1), (64, 32, 8, 2)), ()),
+    },
+    "dkv": {
+        32: (((16, 32, 1, 2), (32, 64, 4, 1), (32, 64, 4, 2), (64, 64, 4, 1)), (96,)),
+        64: (((32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 1)), (128, 168)),
+        128: (((32, 64, 4, 1), (32, 64, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2), (64, 128, 8, 2)), ()),
+        256: (((16, 32, 4, 1), (32, 32, 4, 1), (32, 64, 8, 1), (32, 64, 8, 2)), ()),
+    },
+    # Whole users: square, without a loop.
+    "short": {
+        64: (((32, 32, 1, 1), (32, 32, 2, 1), (32, 32, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1)), ()),
+        128: (((32, 32, 2, 1), (32, 32, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1)), ()),
+        256: (((32, 32, 4, 1), (32, 32, 8, 1)), ()),
+    },
+}
+
+# float32 is multiplied without tensor cores, and operands' rows live in registers: small tiles, more warps.
+FLOAT32_TILES: dict[str, Sequence[Sizes]] = {
+    "forward": ((16, 16, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (64, 32, 8, 1)),
+    "dq": ((16, 16, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (64, 32, 8, 1)),
+    "dkv": ((16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1), (32, 64, 8, 1)),
+    "short": ((16, 16, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+}
+
+
+def candidates(
+    kernel: str, head_dim: int, dtype: torch.dtype, compute_capability: tuple[int, int], table: Tiles
+) -> list[Candidate]:
+    """What is tried for one kernel: what the table has, if anything, and then the list.
+
+    Args:
+        kernel: of `KERNELS`.
+        head_dim: padded, a power of two.
+        dtype: of the inputs.
+        compute_capability: of the GPU.
+        table: the tiles that the table has for the setting.
+    """
+    found: list[Candidate | None] = [getattr(table, kernel)]
+    if kernel == "hopper_forward":
+        if compute_capability[0] == 9 and dtype in GLUON_DTYPES:
+            found += CONFIGS.get(head_dim, ())
+    elif dtype == torch.float32:
+        found += [Tile(*sizes) for sizes in FLOAT32_TILES[kernel]]
+    else:
+        by_head_dim = TENSOR_CORE_TILES[kernel]
+        all_sizes, limits = by_head_dim[min(limit for limit in by_head_dim if head_dim <= limit)]
+        for sizes, registers in itertools.product(all_sizes, (None, *limits)):
+            found.append(Tile(*sizes, max_registers=registers))
+            if compute_capability[0] >= 9 and sizes[3] >= 2 and kernel != "short":
+                found.append(Tile(*sizes, tma=True, max_registers=registers))
+            if registers is None and kernel != "short":
+                found.append(Tile(*sizes, split=False))
+    return list(dict.fromkeys(candidate for candidate in found if candidate is not None))
+
+
+def shared_memory(kernel: str, candidate: Candidate, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory without which a program can't be: the operands that lie there and the loads in flight."""
+    row = head_dim * dtype.itemsize
+    if isinstance(candidate, HopperConfig):
+        return (HOPPER_BLOCK + 2 * candidate.block_n * candidate.num_stages) * row
+    if kernel == "forward":  # keys and values are streamed, queries may be in registers
+        return 2 * candidate.block_n * candidate.num_stages * row
+    if kernel == "dq":  # queries and dout stay
+        return 2 * (candidate.block_m + candidate.block_n * candidate.num_stages) * row
+    if kernel == "dkv":  # keys and values stay, queries and dout are streamed
+        return 2 * (candidate.block_n + candidate.block_m * candidate.num_stages) * row
+    assert kernel == "short", kernel
+    return 4 * candidate.block_m * row
+
+
+def describe(candidate: Candidate | None) -> str:
+    """In a word or two, for tables: `64x32 w4 s3 tma r96` has 4 warps, 3 stages and at most 96 registers."""
+    if candidate is None:
+        return "none"
+    if isinstance(candidate, HopperConfig):
+        text = f"hopper n{candidate.block_n} s{candidate.num_stages} r{candidate.registers}"
+        return text + (" turns" if candidate.take_turns else "") + ("" if candidate.has_loader else " no loader")
+    text = f"{candidate.block_m}x{candidate.block_n} w{candidate.num_warps} s{candidate.num_stages}"
+    text += (" tma" if candidate.tma else "") + ("" if candidate.split else " one loop")
+    return text + (f" r{candidate.max_registers}" if candidate.max_registers else "")

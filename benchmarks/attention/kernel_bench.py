@@ -1,0 +1,184 @@
+"""One kernel at a time, on the batch of a setting: its results, whether they are right, and how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, ROW_LIMIT
+from benchmarks.attention.candidates import Candidate
+from benchmarks.attention.shapes import Batch, Shape
+from benchmarks.attention.timing import copies_past_cache
+from kernels.jagged_flash_attention.backward import launch_backward
+from kernels.jagged_flash_attention.forward import launch_forward
+from kernels.jagged_flash_attention.hopper_forward import BLOCK as HOPPER_BLOCK
+from kernels.jagged_flash_attention.hopper_forward import HopperConfig, launch_hopper_forward
+from kernels.jagged_flash_attention.launch import Call
+from kernels.jagged_flash_attention.schedule import ListSpec, Schedule
+from kernels.jagged_flash_attention.tuning import Tile, Tiles
+
+HEADS = 4
+TOKENS = 65_536  # of a batch, about: several times as many tiles as run at once
+MEAN_PART = 4  # the mean length is this part of max_seqlen
+
+CALLS_PER_REPLAY = 10
+REPLAYS = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What tiles are chosen by."""
+
+    dtype: torch.dtype
+    head_dim: int
+    """Padded: a power of two."""
+
+    max_seqlen: int
+    causal: bool
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        mask = "causal" if self.causal else "full"
+        return f"{dtype}, head dim {self.head_dim}, up to {self.max_seqlen} tokens, {mask}"
+
+
+class Bench:
+    """The batch of a setting, and every kernel on it.
+
+    Args:
+        setting: see there.
+        table: the tiles that results are compared with, and that do whatever is not being tried.
+        device: where.
+        tokens: of the batch, about.
+    """
+
+    def __init__(self, setting: Setting, table: Tiles, device: torch.device, tokens: int = TOKENS) -> None:
+        mean = min(max(setting.max_seqlen // MEAN_PART, 1), tokens)
+        shape = Shape(
+            "tune",
+            users=max(tokens // mean, 1),
+            heads=HEADS,
+            head_dim=setting.head_dim,
+            mean=mean,
+            max=setting.max_seqlen,
+            causal=setting.causal,
+        )
+        self.batch = Batch(shape, setting.dtype, device)
+        self.table = table
+        self.call = Call(setting.causal, None, False, self.batch.scale)
+        self.schedule = Schedule(self.batch.offsets, self.batch.total, setting.max_seqlen)
+        inputs = self.batch.make_inputs(copies_past_cache(self.batch))
+        self.inputs = [(one.q.detach(), one.k.detach(), one.v.detach(), one.dout) for one in inputs]
+        self.forward_results = [self.run_forward(table.forward, i) for i in range(len(inputs))]
+
+    def run(self, kernel: str, candidate: Candidate, short: int, i: int) -> Sequence[Tensor]:
+        """One kernel alone, on the i-th set of inputs; what others would have computed is left unwritten.
+
+        Args:
+            kernel: of `candidates.KERNELS`.
+            candidate: its tile or configuration.
+            short: users of at most so many tokens are not for `dq` and `dkv`.
+            i: wraps around.
+        """
+        i %= len(self.inputs)
+        if isinstance(candidate, HopperConfig):
+            (tiles,) = self.schedule.query_tiles([HOPPER_BLOCK], self.call.causal)
+            return launch_hopper_forward(*self.inputs[i][:3], tiles, self.call, candidate)
+        if kernel == "forward":
+            return self.run_forward(candidate, i)
+        changed = replace_tile(self.table, kernel, candidate)
+        lists = self._backward_lists(changed, short)
+        return self._run_backward(changed, {name: x if name == kernel else x[:0] for name, x in lists.items()}, i)
+
+    def run_forward(self, tile: Tile, i: int) -> tuple[Tensor, Tensor]:
+        q, k, v, _ = self.inputs[i]
+        (tiles,) = self.schedule.query_tiles([tile.block_m], self.call.causal)
+        return launch_forward(q, k, v, tiles, self.call, tile)
+
+    def disagreement(self, kernel: str, candidate: Candidate) -> float:
+        """How far results with a candidate are from those with the table's tiles; above 1 one of them is wrong."""
+        if kernel in ("forward", "hopper_forward"):
+            return disagreement(self.run(kernel, candidate, 0, 0), self.forward_results[0], self.batch.dtype)
+        with_candidate = self._gradients(replace_tile(self.table, kernel, candidate))
+        return disagreement(with_candidate, self._table_gradients, self.batch.dtype)
+
+    def short_fraction(self, at_most: int) -> float:
+        """Of all tokens, those of users of at most so many."""
+        return sum(length for length in self.batch.lengths if length <= at_most) / self.batch.total
+
+    @cached_property
+    def _table_gradients(self) -> Sequence[Tensor]:
+        return self._gradients(self.table)
+
+    def _gradients(self, tiles: Tiles) -> Sequence[Tensor]:
+        """All of them, of the first inputs."""
+        short = 0 if tiles.short is None else tiles.short.block_m
+        return self._run_backward(tiles, self._backward_lists(tiles, short), 0)
+
+    def _backward_lists(self, tiles: Tiles, short: int) -> dict[str, Tensor]:
+        causal = self.call.causal
+        (queries,) = self.schedule.query_tiles([tiles.dq.block_m], causal, short)
+        (keys,) = self.schedule.key_tiles([tiles.dkv.block_n], causal, short)
+        users = queries[:0]
+        if tiles.short is not None:
+            block = tiles.short.block_m
+            (users,) = self.schedule.lists([ListSpec(False, block, causal, 0, block)])
+        return {"dq": queries, "dkv": keys, "short": users}
+
+    def _run_backward(self, tiles: Tiles, lists: dict[str, Tensor], i: int) -> Sequence[Tensor]:
+        q, k, v, dout = self.inputs[i]
+        out, lse = self.forward_results[i]
+        return launch_backward(
+            dout, q, k, v, out, lse, lists["dq"], lists["dkv"], lists["short"], self.call, tiles
+        )  # fmt: skip
+
+
+def replace_tile(tiles: Tiles, kernel: str, candidate: Candidate) -> Tiles:
+    """The same but for one kernel."""
+    changed: dict[str, Any] = {kernel: candidate}
+    return dataclasses.replace(tiles, **changed)
+
+
+def disagreement(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """The row that differs most, relative to what rounding explains: above 1 one of the two is wrong."""
+    limit = ROW_LIMIT * torch.finfo(dtype).eps * (FLOAT32_LIMIT_FACTOR if dtype == torch.float32 else 1)
+    worst = 0.0
+    for actual, other in zip(results, expected, strict=True):
+        actual, other = (x.float().flatten(1) for x in (actual, other))  # a row is a token; of (H, L), a head
+        if not bool(torch.isfinite(actual).all()):
+            return float("inf")
+        size = other.square().mean(dim=1).sqrt().clamp_min(LEAST_ROW_SIZE * float(other.square().mean().sqrt()))
+        error = (actual - other).square().mean(dim=1).sqrt()
+        worst = max(worst, float((error / size.clamp_min(torch.finfo(torch.float32).tiny)).max()) / limit)
+    return worst
+
+
+def time_us(function: Callable[[int], object]) -> float:
+    """Microseconds of a call on the device: the median of replays of a CUDA graph of calls 0, 1, 2, ..."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(0)  # whatever is done once, such as tile lists, must not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(CALLS_PER_REPLAY):
+            function(i)
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = (start.elapsed_time(end) for start, end in itertools.pairwise(events))
+    return 1e3 * statistics.median(times) / CALLS_PER_REPLAY
