@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jagged_flash_attention.backward_short import launch_short_users
+from kernels.jagged_flash_attention.hopper_backward import launch_hopper_dkv, launch_hopper_dq
 from kernels.jagged_flash_attention.launch import Call, descriptors, grid_of, launch_on
 from kernels.jagged_flash_attention.tiles import (
     is_kept,
@@ -418,6 +419,7 @@ def launch_backward(
     short_users: Tensor,
     call: Call,
     tiles: Tiles,
+    for_hopper: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous and in their shapes; `out` and `lse` as the forward gave them.
 
@@ -427,6 +429,7 @@ def launch_backward(
         short_users: `(entries, 8)`, users of at most `tiles.short.block_m` tokens, which the other lists leave out.
         call: as for the forward.
         tiles: how to compute it.
+        for_hopper: the kernels written for Hopper can do the call; the lists are made for those that `tiles` names.
     """
     L, H, D = q.shape
     Hk = k.shape[1]
@@ -440,7 +443,9 @@ def launch_backward(
     scales = (call.scale, call.scale_log2, call.drop_below, call.keep_scale)
     constants = {"H": H, "G": H // Hk, "D": D, "BD": block_d, **call.constants()}
     with launch_on(q.device):
-        if len(query_tiles) > 0:
+        if for_hopper and tiles.hopper_dq is not None:
+            launch_hopper_dq(dout, q, k, v, out, lse, query_tiles, dq, delta, call, tiles.hopper_dq)
+        elif len(query_tiles) > 0:
             desc_k, desc_v = descriptors(k, v, block=tiles.dq.block_n, wanted=tiles.dq.tma)
             dq_kernel[grid_of(query_tiles, H)](
                 q, k, v, dout, out, desc_k, desc_v, lse, delta, dq, query_tiles, seed, *strides,
@@ -448,7 +453,9 @@ def launch_backward(
                 BM=tiles.dq.block_m, BN=tiles.dq.block_n, TMA=desc_k is not k, SPLIT=tiles.dq.split, **constants,
                 **tiles.dq.options(),
             )  # fmt: skip
-        if len(key_tiles) > 0:
+        if for_hopper and tiles.hopper_dkv is not None:
+            launch_hopper_dkv(dout, q, k, v, lse, delta, key_tiles, dk, dv, call, tiles.hopper_dkv)
+        elif len(key_tiles) > 0:
             desc_q, desc_dout = descriptors(q, dout, block=tiles.dkv.block_m, wanted=tiles.dkv.tma)
             dkv_kernel[grid_of(key_tiles, Hk)](
                 q, k, v, dout, desc_q, desc_dout, lse, delta, dk, dv, key_tiles, seed, *strides,

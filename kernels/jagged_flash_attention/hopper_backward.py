@@ -40,7 +40,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.jagged_flash_attention.hopper_forward import (
     BLOCK,
     GROUP,
-    LOG2_E,
     _descriptor,
     _readable_by_tma,
     count_key_tiles,
@@ -48,7 +47,7 @@ from kernels.jagged_flash_attention.hopper_forward import (
     next_slot,
     zero_rows_from,
 )
-from kernels.jagged_flash_attention.launch import grid_of, launch_on
+from kernels.jagged_flash_attention.launch import Call, grid_of, launch_on
 
 BM = gl.constexpr(64)  # queries of a tile in the ring of the kernel of dk and dv
 
@@ -717,46 +716,6 @@ def _rowwise_descriptor(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [BM.value], layout)
 
 
-def launch_hopper_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query_tiles: Tensor,
-    key_tiles: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    delta: Tensor,
-    causal: bool,
-    has_targets: bool,
-    scale: float,
-    dq_config: BackwardConfig | None = None,
-    dkv_config: BackwardConfig | None = None,
-) -> None:
-    """Gradients of self attention of every user in the tile lists, into `dq`, `dk` and `dv`.
-
-    Which calls it can do is what `hopper_forward.supports` says, and H * L stays below 2^31. Tensors that TMA can't
-    read as they lie are copied.
-
-    Args:
-        dout: `(L, H, D)` in q's dtype.
-        q, k, v: as for the forward.
-        out: `(L, H, D)`, contiguous, as the forward left it; so is lse, `(H, L)` float32, contiguous.
-        query_tiles: `(capacity, 8)` int32, the tile list of the queries for blocks of `BLOCK` rows.
-        key_tiles: the same of the keys.
-        dq: `(L, H, D)`, contiguous, in q's dtype, like dk and dv, `(L, H_kv, D)`.
-        delta: `(H, L)` float32, contiguous, for use between the two kernels.
-        causal, has_targets, scale: as for the forward.
-        dq_config, dkv_config: by default the first of `DQ_CONFIGS` and `DKV_CONFIGS`.
-    """
-    dout, q, k, v = (_readable_by_tma(x) for x in (dout, q, k, v))
-    launch_hopper_dq(dout, q, k, v, out, lse, query_tiles, dq, delta, causal, has_targets, scale, dq_config)
-    launch_hopper_dkv(dout, q, k, v, lse, delta, key_tiles, dk, dv, causal, has_targets, scale, dkv_config)
-
-
 def launch_hopper_dq(
     dout: Tensor,
     q: Tensor,
@@ -767,15 +726,22 @@ def launch_hopper_dq(
     query_tiles: Tensor,
     dq: Tensor,
     delta: Tensor,
-    causal: bool,
-    has_targets: bool,
-    scale: float,
-    config: BackwardConfig | None = None,
+    call: Call,
+    config: BackwardConfig,
 ) -> None:
-    """The first half of `launch_hopper_backward`: `dq` and `delta`."""
+    """`dq` and `delta` of self attention; which calls it can do is what `hopper_forward.supports` says.
+
+    Args:
+        dout: `(L, H, D)` in q's dtype; q, k, v, out, lse: as the forward took and gave them. What TMA can't read as it
+            lies is copied.
+        query_tiles: `(entries, 8)`, the tiles of `BLOCK` queries.
+        dq: `(L, H, D)`, contiguous, in q's dtype.
+        delta: `(H, L)` float32, contiguous, for `launch_hopper_dkv` or the portable kernel.
+        call: mask and scale.
+        config: how to compute it.
+    """
     L, H, D = q.shape
-    config = DQ_CONFIGS[D][0] if config is None else config
-    if len(query_tiles) == 0:
+    if L == 0:
         return
     dout, q, k, v = (_readable_by_tma(x) for x in (dout, q, k, v))
     with launch_on(q.device):
@@ -783,9 +749,9 @@ def launch_hopper_dq(
             _descriptor(q, BLOCK // 2), _descriptor(dout, BLOCK // 2),
             _descriptor(k, config.block_n), _descriptor(v, config.block_n),
             q, dout, k, v, out, lse, delta, dq, query_tiles,
-            *q.stride()[:2], *dout.stride()[:2], *k.stride()[:2], *v.stride()[:2], L, scale, scale * LOG2_E,
-            H=H, HEADS_PER_KV=H // k.shape[1], D=D, BN=config.block_n, STAGES=config.num_stages, CAUSAL=causal,
-            HAS_TARGETS=has_targets, AHEAD=config.ahead, IN_REGISTERS=config.in_registers,
+            *q.stride()[:2], *dout.stride()[:2], *k.stride()[:2], *v.stride()[:2], L, call.scale, call.scale_log2,
+            H=H, HEADS_PER_KV=H // k.shape[1], D=D, BN=config.block_n, STAGES=config.num_stages, CAUSAL=call.causal,
+            HAS_TARGETS=call.has_targets, AHEAD=config.ahead, IN_REGISTERS=config.in_registers,
             GROUP_REGISTERS=config.group_registers, num_warps=4, maxnreg=config.registers,
         )  # fmt: skip
 
@@ -800,17 +766,20 @@ def launch_hopper_dkv(
     key_tiles: Tensor,
     dk: Tensor,
     dv: Tensor,
-    causal: bool,
-    has_targets: bool,
-    scale: float,
-    config: BackwardConfig | None = None,
+    call: Call,
+    config: BackwardConfig,
 ) -> None:
-    """The second half of `launch_hopper_backward`: `dk` and `dv`, with the first half's delta."""
+    """`dk` and `dv`, `(L, H_kv, D)` and contiguous, from the delta that the kernel of dq left; else as for that.
+
+    Raises:
+        ValueError: H * L past 2^31, which the copy engine can't index.
+    """
     L, H, D = q.shape
     num_kv = k.shape[1]
-    config = DKV_CONFIGS[D][0] if config is None else config
-    if len(key_tiles) == 0:
+    if L == 0:
         return
+    if L * H >= 2**31:
+        raise ValueError(f"{L} tokens x {H} heads pass 2^31; use smaller batches")
     dout, q, k, v = (_readable_by_tma(x) for x in (dout, q, k, v))
     with launch_on(q.device):
         hopper_dkv_kernel[grid_of(key_tiles, num_kv)](
@@ -818,8 +787,8 @@ def launch_hopper_dkv(
             _descriptor(k, BLOCK // 2), _descriptor(v, BLOCK // 2),
             _rowwise_descriptor(lse), _rowwise_descriptor(delta),
             q, dout, k, v, lse, delta, dk, dv, key_tiles,
-            *q.stride()[:2], *dout.stride()[:2], *k.stride()[:2], *v.stride()[:2], L, scale, scale * LOG2_E,
-            NUM_KV=num_kv, HEADS_PER_KV=H // num_kv, D=D, STAGES=config.num_stages, CAUSAL=causal,
-            HAS_TARGETS=has_targets, IN_REGISTERS=config.in_registers,
+            *q.stride()[:2], *dout.stride()[:2], *k.stride()[:2], *v.stride()[:2], L, call.scale, call.scale_log2,
+            NUM_KV=num_kv, HEADS_PER_KV=H // num_kv, D=D, STAGES=config.num_stages, CAUSAL=call.causal,
+            HAS_TARGETS=call.has_targets, IN_REGISTERS=config.in_registers,
             GROUP_REGISTERS=config.group_registers, num_warps=4, maxnreg=config.registers,
         )  # fmt: skip

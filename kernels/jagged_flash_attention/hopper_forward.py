@@ -19,7 +19,6 @@ it. Scores stay unscaled; the scale (in base 2) goes into the one fused multiply
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +35,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.jagged_flash_attention.launch import Call, grid_of, launch_on
-
-LOG2_E = math.log2(math.e)
 
 BLOCK = 128  # queries of a program: rows of a tile of the tile list
 GROUP = gl.constexpr(64)  # queries of a group of four warps: the rows of one wgmma

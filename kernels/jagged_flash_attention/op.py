@@ -128,7 +128,9 @@ def jagged_flash_attention(
 def _blocks(tiles: Tiles, for_hopper: bool) -> tuple[int, int, int, int]:
     """Rows of a tile on the lists of the forward, of dq, of dk and dv, and of short users; 0: there is no such list."""
     forward = HOPPER_BLOCK if for_hopper and tiles.hopper_forward is not None else tiles.forward.block_m
-    return forward, tiles.dq.block_m, tiles.dkv.block_n, 0 if tiles.short is None else tiles.short.block_m
+    dq = HOPPER_BLOCK if for_hopper and tiles.hopper_dq is not None else tiles.dq.block_m
+    dkv = HOPPER_BLOCK if for_hopper and tiles.hopper_dkv is not None else tiles.dkv.block_n
+    return forward, dq, dkv, 0 if tiles.short is None else tiles.short.block_m
 
 
 def _chosen_tiles(q: Tensor, blocks: list[int], longest: int, for_hopper: bool, causal: bool) -> Tiles:
@@ -210,7 +212,9 @@ def _backward(
     tiles = _chosen_tiles(q, blocks, longest, for_hopper, causal)
     dout = dout if readable_in_place(dout) else dout.contiguous()
     dout_, q_, k_, v_, out_ = _interpretable((dout, q, k, v, out))
-    dq, dk, dv = launch_backward(dout_, q_, k_, v_, out_, lse, dq_tiles, dkv_tiles, short_users, call, tiles)
+    dq, dk, dv = launch_backward(
+        dout_, q_, k_, v_, out_, lse, dq_tiles, dkv_tiles, short_users, call, tiles, for_hopper
+    )
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import triton
 
+from kernels.jagged_flash_attention.hopper_backward import BackwardConfig
 from kernels.jagged_flash_attention.hopper_forward import HopperConfig
 from kernels.jagged_flash_attention.launch import INTERPRETED, is_traced
 
@@ -82,6 +83,12 @@ class Tiles:
 
     hopper_forward: HopperConfig | None = None
     """The forward written for Hopper is used instead of `forward`, where it can do the call."""
+
+    hopper_dq: BackwardConfig | None = None
+    """The same of `dq`. Not in the table yet: it has not been measured."""
+
+    hopper_dkv: BackwardConfig | None = None
+    """The same of `dkv`."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from kernels.jagged_flash_attention import (
     backward,
     forward,
+    hopper_backward,
     hopper_forward,
     jagged_flash_attention,
     op,
@@ -57,7 +59,7 @@ def pretend(major: int, minor: int) -> list[str]:
     JITFunction.run = compile_only  # type: ignore[method-assign]
     triton.runtime.driver.set_active(Driver(10 * major + minor))
     tuning._compute_capability = lambda device: (major, minor)  # type: ignore[assignment]
-    for module in (backward, forward, hopper_forward, schedule):
+    for module in (backward, forward, hopper_backward, hopper_forward, schedule):
         module.launch_on = lambda device: contextlib.nullcontext()  # type: ignore[attr-defined]
     for module in (op, schedule):
         module.require_triton = lambda device: None  # type: ignore[attr-defined]
@@ -87,6 +89,20 @@ def call(
     out.backward(torch.ones_like(out))
 
 
+def use_hopper_kernels() -> None:
+    """From now on all kernels written for Hopper, whatever the table says."""
+
+    def choose(head_dim: int, *args: Any) -> tuning.Tiles:
+        return replace(
+            tuning.choose_tiles(head_dim, *args),
+            hopper_forward=hopper_forward.CONFIGS[head_dim][0],
+            hopper_dq=hopper_backward.DQ_CONFIGS[head_dim][0],
+            hopper_dkv=hopper_backward.DKV_CONFIGS[head_dim][0],
+        )
+
+    op.choose_tiles = choose
+
+
 def main() -> None:
     compiled = pretend(int(sys.argv[1]), int(sys.argv[2]))
     call(64, has_targets=True)
@@ -102,6 +118,11 @@ def main() -> None:
     call(256, has_targets=True)
     call(64, torch.float32, has_targets=True)
     call(32, torch.float32, precision="tf32")
+    if sys.argv[1] == "9":
+        use_hopper_kernels()
+        for head_dim in (64, 128):
+            call(head_dim, has_targets=True)
+            call(head_dim, torch.float16, causal=False, group=2)
     print("\n".join(f"{compiled.count(name)} {name}" for name in sorted(set(compiled))))
 
 

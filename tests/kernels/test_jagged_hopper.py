@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from kernels.jagged_flash_attention import jagged_flash_attention, op
-from kernels.jagged_flash_attention.hopper_forward import CONFIGS, HopperConfig
+from kernels.jagged_flash_attention.hopper_backward import DKV_CONFIGS, DQ_CONFIGS
+from kernels.jagged_flash_attention.hopper_forward import CONFIGS
 from kernels.jagged_flash_attention.tuning import choose_tiles
 from tests.kernels.jagged_cases import LAYOUTS, Case, assert_kernel_matches_reference, with_gradients
 
@@ -17,7 +19,22 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 # Around the rows of a group (64) and of a tile (128). Where there are candidates, two of these users have nothing else.
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 300, 0, 20]
 
-EVERY_CONFIG = [(dim, config) for dim, configs in CONFIGS.items() for config in configs]
+KERNELS: dict[str, dict[int, tuple[Any, ...]]] = {
+    "hopper_forward": CONFIGS,
+    "hopper_dq": DQ_CONFIGS,
+    "hopper_dkv": DKV_CONFIGS,
+}
+EVERY_CONFIG = [
+    pytest.param(dim, {kernel: config}, id=f"{kernel}-{dim}-{i}")
+    for kernel, table in KERNELS.items()
+    for dim, configs in table.items()
+    for i, config in enumerate(configs)
+]
+
+
+def first_configs(head_dim: int) -> dict[str, Any]:
+    """All three kernels."""
+    return {kernel: table[head_dim][0] for kernel, table in KERNELS.items()}
 
 
 @pytest.fixture
@@ -27,23 +44,24 @@ def device() -> torch.device:
     return torch.device("cuda")
 
 
-def use(monkeypatch: pytest.MonkeyPatch, config: HopperConfig) -> None:
-    """Have the forward computed for Hopper, whatever the table says."""
-    monkeypatch.setattr(op, "choose_tiles", lambda *args: replace(choose_tiles(*args), hopper_forward=config))
+def use(monkeypatch: pytest.MonkeyPatch, kernels: dict[str, Any]) -> None:
+    """Have these kernels compute, and portable ones the rest, whatever the table says."""
+    chosen = {"hopper_forward": None, "hopper_dq": None, "hopper_dkv": None, **kernels}
+    monkeypatch.setattr(op, "choose_tiles", lambda *args: replace(choose_tiles(*args), **chosen))
 
 
 @pytest.mark.parametrize("has_candidates", [False, True], ids=["history", "candidates"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize(("head_dim", "config"), EVERY_CONFIG, ids=str)
+@pytest.mark.parametrize(("head_dim", "kernels"), EVERY_CONFIG)
 def test_masks(
     head_dim: int,
-    config: HopperConfig,
+    kernels: dict[str, Any],
     causal: bool,
     has_candidates: bool,
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device,
 ) -> None:
-    use(monkeypatch, config)
+    use(monkeypatch, kernels)
     case = Case(
         LENGTHS, head_dim=head_dim, dtype=torch.bfloat16, causal=causal, has_candidates=has_candidates, slack=1000
     )
@@ -57,17 +75,17 @@ def test_layouts_and_grouped_queries(
     head_dim: int, group: int, layout: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """What the copy engine reads in place, and what it has to be given a copy of."""
-    use(monkeypatch, CONFIGS[head_dim][0])
+    use(monkeypatch, first_configs(head_dim))
     case = Case(LENGTHS, num_heads=4, group=group, head_dim=head_dim, dtype=torch.float16, layout=layout, slack=1000)
     assert_kernel_matches_reference(case, device)
 
 
-@pytest.mark.parametrize(("head_dim", "config"), EVERY_CONFIG, ids=str)
+@pytest.mark.parametrize(("head_dim", "kernels"), EVERY_CONFIG)
 def test_a_user_of_nan_stays_alone(
-    head_dim: int, config: HopperConfig, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    head_dim: int, kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """The copy engine reads past a user's end, into the next one."""
-    use(monkeypatch, config)
+    use(monkeypatch, kernels)
     case = Case([70, 50, 200, 30], head_dim=head_dim, dtype=torch.bfloat16, has_candidates=True, slack=1000)
     *qkv, dout = case.make_qkvg(device)
     args, options = (case.make_offsets(device), case.max_seqlen), case.options(device)
