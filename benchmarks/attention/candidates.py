@@ -14,16 +14,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from kernels.jagged_flash_attention.hopper_backward import BM as HOPPER_QUERIES
+from kernels.jagged_flash_attention.hopper_backward import DKV_CONFIGS, DQ_CONFIGS, BackwardConfig
 from kernels.jagged_flash_attention.hopper_forward import BLOCK as HOPPER_BLOCK
 from kernels.jagged_flash_attention.hopper_forward import CONFIGS, GLUON_DTYPES, HopperConfig
 from kernels.jagged_flash_attention.tuning import Tile, Tiles
 
-KERNELS = ("forward", "dq", "dkv", "short", "hopper_forward")
-Candidate = Tile | HopperConfig
+KERNELS = ("forward", "dq", "dkv", "short", "hopper_forward", "hopper_dq", "hopper_dkv")
+Candidate = Tile | HopperConfig | BackwardConfig
 Sizes = tuple[int, int, int, int]  # block_m, block_n, warps, stages
 
 # Kernel -> greatest padded head dim -> sizes, and limits on registers besides none.
@@ -54,6 +56,13 @@ TENSOR_CORE_TILES: dict[str, dict[int, tuple[Sequence[Sizes], Sequence[int]]]] =
     },
 }
 
+# The kernels written for Hopper come with lists of their own, by head dim.
+HOPPER_CONFIGS: dict[str, Mapping[int, Sequence[HopperConfig | BackwardConfig]]] = {
+    "hopper_forward": CONFIGS,
+    "hopper_dq": DQ_CONFIGS,
+    "hopper_dkv": DKV_CONFIGS,
+}
+
 # float32 is multiplied without tensor cores, and operands' rows live in registers: small tiles, more warps.
 FLOAT32_TILES: dict[str, Sequence[Sizes]] = {
     "forward": ((16, 16, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1), (64, 32, 8, 1)),
@@ -76,9 +85,9 @@ def candidates(
         table: the tiles that the table has for the setting.
     """
     found: list[Candidate | None] = [getattr(table, kernel)]
-    if kernel == "hopper_forward":
+    if kernel in HOPPER_CONFIGS:
         if compute_capability[0] == 9 and dtype in GLUON_DTYPES:
-            found += CONFIGS.get(head_dim, ())
+            found += HOPPER_CONFIGS[kernel].get(head_dim, ())
     elif dtype == torch.float32:
         found += [Tile(*sizes) for sizes in FLOAT32_TILES[kernel]]
     else:
@@ -98,6 +107,10 @@ def shared_memory(kernel: str, candidate: Candidate, head_dim: int, dtype: torch
     row = head_dim * dtype.itemsize
     if isinstance(candidate, HopperConfig):
         return (HOPPER_BLOCK + 2 * candidate.block_n * candidate.num_stages) * row
+    if isinstance(candidate, BackwardConfig):
+        streamed = candidate.block_n if kernel == "hopper_dq" else HOPPER_QUERIES.value
+        staying = 0 if candidate.in_registers else HOPPER_BLOCK
+        return 2 * (staying + streamed * candidate.num_stages) * row
     if kernel == "forward":  # keys and values are streamed, queries may be in registers
         return 2 * candidate.block_n * candidate.num_stages * row
     if kernel == "dq":  # queries and dout stay
@@ -115,6 +128,9 @@ def describe(candidate: Candidate | None) -> str:
     if isinstance(candidate, HopperConfig):
         text = f"hopper n{candidate.block_n} s{candidate.num_stages} r{candidate.registers}"
         return text + (" turns" if candidate.take_turns else "") + ("" if candidate.has_loader else " no loader")
+    if isinstance(candidate, BackwardConfig):
+        text = f"hopper n{candidate.block_n} s{candidate.num_stages} r{candidate.registers}"
+        return text + (" in registers" if candidate.in_registers else "") + (" ahead" if candidate.ahead else "")
     text = f"{candidate.block_m}x{candidate.block_n} w{candidate.num_warps} s{candidate.num_stages}"
     text += (" tma" if candidate.tma else "") + ("" if candidate.split else " one loop")
     return text + (f" r{candidate.max_registers}" if candidate.max_registers else "")

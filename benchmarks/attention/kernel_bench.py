@@ -72,7 +72,8 @@ class Bench:
             causal=setting.causal,
         )
         self.batch = Batch(shape, setting.dtype, device)
-        self.table = table
+        # What was written for one architecture is tried against what serves all.
+        self.portable = dataclasses.replace(table, hopper_forward=None, hopper_dq=None, hopper_dkv=None)
         self.call = Call(setting.causal, None, False, self.batch.scale)
         self.schedule = Schedule(self.batch.offsets, self.batch.total, setting.max_seqlen)
         inputs = self.batch.make_inputs(copies_past_cache(self.batch))
@@ -89,14 +90,17 @@ class Bench:
             i: wraps around.
         """
         i %= len(self.inputs)
-        if isinstance(candidate, HopperConfig):
+        if kernel == "hopper_forward":
+            assert isinstance(candidate, HopperConfig)
             (tiles,) = self.schedule.query_tiles([HOPPER_BLOCK], self.call.causal)
             return launch_hopper_forward(*self.inputs[i][:3], tiles, self.call, candidate)
         if kernel == "forward":
+            assert isinstance(candidate, Tile)
             return self.run_forward(candidate, i)
-        changed = replace_tile(self.table, kernel, candidate)
+        changed = replace_tile(self.portable, kernel, candidate)
         lists = self._backward_lists(changed, short)
-        return self._run_backward(changed, {name: x if name == kernel else x[:0] for name, x in lists.items()}, i)
+        own = kernel.removeprefix("hopper_")
+        return self._run_backward(changed, {name: x if name == own else x[:0] for name, x in lists.items()}, i)
 
     def run_forward(self, tile: Tile, i: int) -> tuple[Tensor, Tensor]:
         q, k, v, _ = self.inputs[i]
@@ -107,7 +111,7 @@ class Bench:
         """How far results with a candidate are from those with the table's tiles; above 1 one of them is wrong."""
         if kernel in ("forward", "hopper_forward"):
             return disagreement(self.run(kernel, candidate, 0, 0), self.forward_results[0], self.batch.dtype)
-        with_candidate = self._gradients(replace_tile(self.table, kernel, candidate))
+        with_candidate = self._gradients(replace_tile(self.portable, kernel, candidate))
         return disagreement(with_candidate, self._table_gradients, self.batch.dtype)
 
     def short_fraction(self, at_most: int) -> float:
@@ -116,7 +120,7 @@ class Bench:
 
     @cached_property
     def _table_gradients(self) -> Sequence[Tensor]:
-        return self._gradients(self.table)
+        return self._gradients(self.portable)
 
     def _gradients(self, tiles: Tiles) -> Sequence[Tensor]:
         """All of them, of the first inputs."""
@@ -125,8 +129,10 @@ class Bench:
 
     def _backward_lists(self, tiles: Tiles, short: int) -> dict[str, Tensor]:
         causal = self.call.causal
-        (queries,) = self.schedule.query_tiles([tiles.dq.block_m], causal, short)
-        (keys,) = self.schedule.key_tiles([tiles.dkv.block_n], causal, short)
+        dq_block = HOPPER_BLOCK if tiles.hopper_dq else tiles.dq.block_m
+        dkv_block = HOPPER_BLOCK if tiles.hopper_dkv else tiles.dkv.block_n
+        (queries,) = self.schedule.query_tiles([dq_block], causal, short)
+        (keys,) = self.schedule.key_tiles([dkv_block], causal, short)
         users = queries[:0]
         if tiles.short is not None:
             block = tiles.short.block_m
@@ -136,12 +142,13 @@ class Bench:
     def _run_backward(self, tiles: Tiles, lists: dict[str, Tensor], i: int) -> Sequence[Tensor]:
         q, k, v, dout = self.inputs[i]
         out, lse = self.forward_results[i]
+        for_hopper = bool(tiles.hopper_dq or tiles.hopper_dkv)
         return launch_backward(
-            dout, q, k, v, out, lse, lists["dq"], lists["dkv"], lists["short"], self.call, tiles
-        )  # fmt: skip
+            dout, q, k, v, out, lse, lists["dq"], lists["dkv"], lists["short"], self.call, tiles, for_hopper
+        )
 
 
-def replace_tile(tiles: Tiles, kernel: str, candidate: Candidate) -> Tiles:
+def replace_tile(tiles: Tiles, kernel: str, candidate: Candidate | None) -> Tiles:
     """The same but for one kernel."""
     changed: dict[str, Any] = {kernel: candidate}
     return dataclasses.replace(tiles, **changed)

@@ -19,7 +19,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,8 +29,7 @@ import torch
 import triton
 
 from benchmarks.attention.candidates import KERNELS, Candidate, candidates, describe, shared_memory
-from benchmarks.attention.kernel_bench import Bench, Setting, time_us
-from kernels.jagged_flash_attention.hopper_forward import HopperConfig
+from benchmarks.attention.kernel_bench import Bench, Setting, replace_tile, time_us
 from kernels.jagged_flash_attention.launch import INTERPRETED
 from kernels.jagged_flash_attention.tuning import (
     DTYPES,
@@ -59,6 +58,9 @@ LEAST_SHORT_TOKENS = 0.02
 
 TimeOf = Callable[[str, Candidate, int], float]
 """Microseconds of a kernel with a candidate, where users of at most so many tokens are left to the short pass."""
+
+Times = dict[Candidate, float]
+"""In microseconds."""
 
 Tried = dict[str, list[Candidate]]
 """By kernel, the candidates that work."""
@@ -109,55 +111,68 @@ class Chosen(NamedTuple):
 def choose(table: Tiles, tried: Tried, time_of: TimeOf, short_fraction: Callable[[int], float]) -> Chosen:
     """The fastest tiles of a setting; the table's, unless others are better by `LEAST_GAIN`.
 
+    Where a kernel for Hopper wins, a tile is chosen too: it serves the calls that this kernel can't do.
+
     Args:
         table: its tiles, which are all among those tried.
         tried: what to choose from.
         time_of: see `TimeOf`.
         short_fraction: of all tokens, those of users of at most so many.
     """
-    forward, hopper_forward, of_forward = _choose_forward(table, tried, time_of)
-    blocks = {tile.block_m for tile in _tiles(tried, "short")}
+    forward = {candidate: time_of(kernel, candidate, 0) for kernel, candidate in _both(tried, "forward")}
+    own = table.hopper_forward or table.forward
+    best = _fastest(forward, own)
+    of_forward = Comparison("forward", describe(own), forward[own], describe(best), forward[best])
+    tiles = _with(table, "forward", best, forward)
+
+    blocks = {tile.block_m for tile in _tiles(tried["short"])}
     worthwhile = {block for block in blocks if short_fraction(block) >= LEAST_SHORT_TOKENS}
-    dq, dkv, short, of_backward = _choose_backward(table, tried, time_of, worthwhile)
-    tiles = dataclasses.replace(table, forward=forward, hopper_forward=hopper_forward, dq=dq, dkv=dkv, short=short)
+    tiles, of_backward = _choose_backward(tiles, tried, time_of, worthwhile)
     return Chosen(tiles, [of_forward, of_backward])
 
 
-def _choose_forward(table: Tiles, tried: Tried, time_of: TimeOf) -> tuple[Tile, HopperConfig | None, Comparison]:
-    tiles = {tile: time_of("forward", tile, 0) for tile in _tiles(tried, "forward")}
-    times: dict[Candidate, float] = dict(tiles.items())
-    for config in tried["hopper_forward"]:
-        times[config] = time_of("hopper_forward", config, 0)
-    own = table.hopper_forward or table.forward
-    best = _fastest(times, own)
-    comparison = Comparison("forward", describe(own), times[own], describe(best), times[best])
-    # A tile is chosen in any case: it serves what the forward for Hopper can't do.
-    return _fastest(tiles, table.forward), best if isinstance(best, HopperConfig) else None, comparison
-
-
-def _choose_backward(
-    table: Tiles, tried: Tried, time_of: TimeOf, worthwhile: set[int]
-) -> tuple[Tile, Tile, Tile | None, Comparison]:
+def _choose_backward(table: Tiles, tried: Tried, time_of: TimeOf, worthwhile: set[int]) -> tuple[Tiles, Comparison]:
     """As a whole: which users have the pass for short ones decides how much is left to the kernels of dq and dkv."""
-    own = (table.dq, table.dkv, table.short)
-    own_block = 0 if table.short is None else table.short.block_m
-    totals: dict[tuple[Tile, Tile, Tile | None], float] = {}
-    for block in sorted({0, own_block} | worthwhile):
-        dq_times = {tile: time_of("dq", tile, block) for tile in _tiles(tried, "dq")}
-        dkv_times = {tile: time_of("dkv", tile, block) for tile in _tiles(tried, "dkv")}
+    own = (table.hopper_dq or table.dq, table.hopper_dkv or table.dkv, table.short)
+    times: dict[int, tuple[Times, Times]] = {}  # of dq and dkv, by the users that are left to the short pass
+    totals: dict[tuple[Candidate, Candidate, Tile | None], float] = {}
+    for block in sorted({0, _block_of(table.short)} | worthwhile):
+        dq_times = {candidate: time_of(kernel, candidate, block) for kernel, candidate in _both(tried, "dq")}
+        dkv_times = {candidate: time_of(kernel, candidate, block) for kernel, candidate in _both(tried, "dkv")}
         short_times: dict[Tile | None, float] = {None: 0.0}
         if block > 0:
-            of_block = [tile for tile in _tiles(tried, "short") if tile.block_m == block]
+            of_block = [tile for tile in _tiles(tried["short"]) if tile.block_m == block]
             short_times = {tile: time_of("short", tile, block) for tile in of_block}
         for dq, dkv, short in itertools.product(dq_times, dkv_times, short_times):
             totals[dq, dkv, short] = dq_times[dq] + dkv_times[dkv] + short_times[short]
+        times[block] = dq_times, dkv_times
     best = _fastest(totals, own)
-    tables, ours = (" / ".join(map(describe, tiles)) for tiles in (own, best))
-    return *best, Comparison("dq / dkv / short", tables, totals[own], ours, totals[best])
+    dq_times, dkv_times = times[_block_of(best[2])]
+    tiles = _with(_with(table, "dq", best[0], dq_times), "dkv", best[1], dkv_times)
+    described = [" / ".join(map(describe, candidates)) for candidates in (own, best)]
+    comparison = Comparison("dq / dkv / short", described[0], totals[own], described[1], totals[best])
+    return dataclasses.replace(tiles, short=best[2]), comparison
 
 
-def _tiles(tried: Tried, kernel: str) -> list[Tile]:
-    return [candidate for candidate in tried[kernel] if isinstance(candidate, Tile)]
+def _block_of(short: Tile | None) -> int:
+    return 0 if short is None else short.block_m
+
+
+def _both(tried: Tried, kernel: str) -> list[tuple[str, Candidate]]:
+    """Candidates of a kernel and of the one for Hopper that does the same."""
+    return [(name, candidate) for name in (kernel, f"hopper_{kernel}") for candidate in tried[name]]
+
+
+def _with(tiles: Tiles, kernel: str, best: Candidate, times: Times) -> Tiles:
+    """With the best candidate and, if that is one for Hopper, the best tile beside it."""
+    own = getattr(tiles, kernel)
+    tile = best if isinstance(best, Tile) else _fastest({tile: times[tile] for tile in _tiles(times)}, own)
+    tiles = replace_tile(tiles, kernel, tile)
+    return replace_tile(tiles, f"hopper_{kernel}", None if isinstance(best, Tile) else best)
+
+
+def _tiles(candidates: Iterable[Candidate]) -> list[Tile]:
+    return [candidate for candidate in candidates if isinstance(candidate, Tile)]
 
 
 def _fastest(times: dict[Key, float], own: Key) -> Key:

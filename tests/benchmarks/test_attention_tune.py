@@ -17,6 +17,7 @@ from benchmarks.attention import kernel_bench, soak, tune
 from benchmarks.attention.candidates import KERNELS, Candidate, candidates, describe, shared_memory
 from benchmarks.attention.kernel_bench import Bench, Setting, disagreement, replace_tile
 from benchmarks.attention.tune import Job, Tuner, choose, find_output, merge_rows, parse_options, tune_all
+from kernels.jagged_flash_attention.hopper_backward import BackwardConfig
 from kernels.jagged_flash_attention.hopper_forward import HopperConfig
 from kernels.jagged_flash_attention.tuning import (
     FILE_VARIABLE,
@@ -57,10 +58,10 @@ def test_candidates_are_a_short_list_that_fits(head_dim: int, dtype: torch.dtype
             memory = [shared_memory(kernel, candidate, head_dim, dtype) for candidate in found]
             assert own is None or memory[0] <= SHARED_MEMORY[capability] * 1024
             fitting = sum(needed <= SHARED_MEMORY[capability] * 1024 for needed in memory)
-            assert fitting >= 2 or kernel in ("hopper_forward", "short")
+            assert fitting >= 2 or kernel.startswith("hopper") or kernel == "short"
             for candidate in found:
-                if isinstance(candidate, HopperConfig):
-                    assert kernel == "hopper_forward"
+                if not isinstance(candidate, Tile):
+                    assert kernel.startswith("hopper")
                     assert capability == (9, 0)
                     continue
                 # Their sizes are checked by Tile itself: powers of two, no fewer than 16, which tl.dot takes.
@@ -72,13 +73,14 @@ def test_candidates_are_a_short_list_that_fits(head_dim: int, dtype: torch.dtype
                 assert (candidate.max_registers or 255) * 32 * candidate.num_warps <= 65_536
 
 
-def test_the_forward_for_hopper_is_tried_where_it_exists() -> None:
+@pytest.mark.parametrize("kernel", ["hopper_forward", "hopper_dq", "hopper_dkv"])
+def test_kernels_for_hopper_are_tried_where_they_exist(kernel: str) -> None:
     def number(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
         table = table_tiles(head_dim, dtype, capability, 512, True)
-        return len(candidates("hopper_forward", head_dim, dtype, capability, table))
+        return len(candidates(kernel, head_dim, dtype, capability, table))
 
-    assert number(64, torch.bfloat16, (9, 0)) > 1
-    assert number(128, torch.float16, (9, 0)) > 1
+    assert number(64, torch.bfloat16, (9, 0)) > 0
+    assert number(128, torch.float16, (9, 0)) > 0
     assert number(32, torch.bfloat16, (9, 0)) == number(64, torch.float32, (9, 0)) == 0
     assert number(64, torch.bfloat16, (8, 0)) == 0
 
@@ -141,6 +143,23 @@ def test_the_backward_is_chosen_as_a_whole() -> None:
     few = choose_by(with_short, {**times, ("short", C, 16): 3.0}, short_fraction=0.01)
     assert few == dataclasses.replace(TABLE, dq=B, short=C), "the table's own is tried in any case"
     assert choose_by(with_short, {**times, ("short", C, 16): 11.0}) == TABLE
+
+
+def test_the_hopper_backward_is_chosen_kernel_by_kernel() -> None:
+    """Beside a tile that is the best of those where the same users are short."""
+    config = BackwardConfig(num_stages=3)
+    times = {
+        ("forward", A, 0): 1.0,
+        **{("dq", A, 0): 10.0, ("dq", B, 0): 12.0, ("dq", A, 16): 9.0, ("dq", B, 16): 8.0},
+        **{("hopper_dq", config, 0): 20.0, ("hopper_dq", config, 16): 4.0},
+        **{("dkv", A, 0): 10.0, ("dkv", A, 16): 9.0, ("hopper_dkv", config, 0): 9.0, ("hopper_dkv", config, 16): 9.5},
+        ("short", C, 16): 2.0,
+    }
+    expected = dataclasses.replace(TABLE, dq=B, hopper_dq=config, short=C)
+    assert choose_by(TABLE, times) == expected
+    assert choose_by(expected, times) == expected
+    without_short = dataclasses.replace(TABLE, hopper_dkv=config)
+    assert choose_by(TABLE, times, short_fraction=0.0) == without_short
 
 
 # Kernels on a batch
