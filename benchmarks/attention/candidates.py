@@ -103,14 +103,16 @@ def candidates(
 
 
 def shared_memory(kernel: str, candidate: Candidate, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of shared memory without which a program can't be: the operands that lie there and the loads in flight."""
+    """Bytes of shared memory that a program needs at least: operands that stay there, loads in flight.
+
+    The compiler may need more; then it says so, and the candidate is left out later.
+    """
     row = head_dim * dtype.itemsize
     if isinstance(candidate, HopperConfig):
         return (HOPPER_BLOCK + 2 * candidate.block_n * candidate.num_stages) * row
     if isinstance(candidate, BackwardConfig):
         streamed = candidate.block_n if kernel == "hopper_dq" else HOPPER_QUERIES.value
-        staying = 0 if candidate.in_registers else HOPPER_BLOCK
-        return 2 * (staying + streamed * candidate.num_stages) * row
+        return 2 * (HOPPER_BLOCK + streamed * candidate.num_stages) * row
     if kernel == "forward":  # keys and values are streamed, queries may be in registers
         return 2 * candidate.block_n * candidate.num_stages * row
     if kernel == "dq":  # queries and dout stay
@@ -118,7 +120,7 @@ def shared_memory(kernel: str, candidate: Candidate, head_dim: int, dtype: torch
     if kernel == "dkv":  # keys and values stay, queries and dout are streamed
         return 2 * (candidate.block_n + candidate.block_m * candidate.num_stages) * row
     assert kernel == "short", kernel
-    return 4 * candidate.block_m * row
+    return 3 * candidate.block_m * row
 
 
 def describe(candidate: Candidate | None) -> str:

@@ -34,10 +34,10 @@ LONGEST = {"cuda": (60, 300, 1000, 2100), "cpu": (40,)}
 MOST_TOKENS = {"cuda": 40_000, "cpu": 80}
 MOST_USERS = {"cuda": 300, "cpu": 5}
 
-# Rows whose exact gradient is zero or nearly so (one visible key) keep the rounding of the sum that cancels: it counts
-# as an error of rows of this size, where users are short, or a window or dropout makes for such rows.
+# Where a query sees few keys its dq may be zero but for the rounding of a sum that cancels, and so may what it gives to
+# dk. So errors of rows that see or are seen by fewer than so many are judged as if rows were at least of this size.
+FEW_KEYS = 64
 CANCELLED_SIZE = 0.25
-SHORT_USER = 64
 
 
 @dataclass(frozen=True)
@@ -193,21 +193,41 @@ def greatest_error(case: Case, users: Sequence[int]) -> tuple[float, str]:
     worst, where = 0.0, "nowhere"
     for user in users:
         own, keys = _rows_of(case.lengths, user), _rows_of(case.key_lengths, user)
-        cancels = kind.dropout_p > 0.0 or case.window is not None or case.lengths[user] < SHORT_USER
         for name, actual, exact in zip(RESULTS, results, _reference(case, user), strict=True):
             rows = keys if name in ("dk", "dv") else own
             if exact[rows].numel() == 0:
                 continue
             error = (actual[rows].float() - exact[rows]).square().mean(dim=(1, 2)).sqrt()
             size = exact[rows].square().mean(dim=(1, 2)).sqrt()
-            least = LEAST_ROW_SIZE * float(size.square().mean().sqrt())
-            if cancels and name in ("dq", "dk"):
-                least = max(least, CANCELLED_SIZE / (1.0 - kind.dropout_p))
-            tiny = torch.finfo(torch.float32).tiny
-            relative = float((error / size.clamp_min(max(least, tiny))).max()) / limit
+            size = size.clamp_min(LEAST_ROW_SIZE * float(size.square().mean().sqrt()))
+            if name in ("dq", "dk"):
+                cancelled = size[: _rows_with_few_keys(case, user)]
+                cancelled.clamp_min_(CANCELLED_SIZE * _growth_under_dropout(case, user, name))
+            relative = float((error / size.clamp_min(torch.finfo(torch.float32).tiny)).max()) / limit
             if not relative <= worst:  # NaN is worse
                 worst, where = relative, f"{name} of user {user}, {case.lengths[user]} tokens"
     return worst, where
+
+
+def _rows_with_few_keys(case: Case, user: int) -> int | None:
+    """How many rows, from the user's first, have few keys to look at; None: all of them."""
+    if case.kind.dropout_p > 0.0 or case.window is not None or _history(case, user) < FEW_KEYS:
+        return None
+    return FEW_KEYS if case.kind.causal else 0
+
+
+def _growth_under_dropout(case: Case, user: int, name: str) -> float:
+    """What cancels is larger under dropout, and in dk it adds up where a key has many queries."""
+    if case.kind.dropout_p == 0.0:
+        return 1.0
+    queries_per_key = case.lengths[user] / max(_history(case, user), 1)
+    return (max(queries_per_key, 1.0) ** 0.5 if name == "dk" else 1.0) / (1.0 - case.kind.dropout_p)
+
+
+def _history(case: Case, user: int) -> int:
+    """How many keys others may see."""
+    targets = case.options.get("num_targets")
+    return case.key_lengths[user] - (0 if targets is None else int(targets[user]))
 
 
 def _rows_of(lengths: Sequence[int], user: int) -> slice:
