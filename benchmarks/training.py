@@ -4,7 +4,6 @@ Every run is `train.py` in processes of its own, under `torchrun`, exactly as a 
 from its `summary.json`.
 """
 
-import csv
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from benchmarks.csv_file import append_rows, check_columns
 from recsys.checks import at_least
 from recsys.config import TrainConfig, register
 from recsys.tables import format_table
@@ -173,24 +173,6 @@ def _reason(output: str) -> str:
     return (telling or lines or ["no output"])[0][:300]
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file; one of other columns is a `ValueError`, so that no figure lands under a wrong name."""
-    if path.exists():
-        with path.open(newline="") as file:
-            present = next(csv.reader(file), [])
-        if present != list(COLUMNS):
-            raise ValueError(f"{path} has other columns, {present}: write to another file")
-    unknown = sorted(set(row) - set(COLUMNS))
-    assert not unknown, unknown
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def run_benchmark(config: BenchmarkConfig, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """Run every case, print the table, and keep the rows if `config.output` says where.
 
@@ -198,13 +180,15 @@ def run_benchmark(config: BenchmarkConfig, overrides: Sequence[str]) -> list[dic
         config: what to compare.
         overrides: of `train.py`, the same for every run.
     """
+    if config.output is not None:
+        check_columns(Path(config.output), COLUMNS)  # before the first run, which takes a while
     rows = []
     for case in cases(config):
         row = run_case(case, overrides, config.timeout_minutes)
         rows.append(row)
         print(_line(row), flush=True)
         if config.output is not None:  # at once, so that a comparison that is stopped keeps what it has
-            append_row(Path(config.output), row)
+            append_rows(Path(config.output), [row], COLUMNS)
     print("\n" + table(rows), flush=True)
     return rows
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.attention.providers import PROVIDERS
@@ -77,34 +75,6 @@ def best_peer(rows: Sequence[Row]) -> Row | None:
     """The fastest accurate row that isn't ours; None where there is none."""
     peers = [row for row in rows if row["status"] == OK and not PROVIDERS[row["provider"]].is_ours]
     return min(peers, key=lambda row: row["device_ms"], default=None)
-
-
-def check_file(path: Path) -> None:
-    """`ValueError` if a file is there and has other columns, so that no figure lands under a wrong name."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        present = next(csv.reader(file), [])
-    if present != list(COLUMNS):
-        raise ValueError(f"{path} has other columns, {present}: write to another file")
-
-
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file, which is made with a header if it isn't there.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    check_file(path)
-    unknown = sorted({name for row in rows for name in row} - set(COLUMNS))
-    assert not unknown, unknown
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def table(rows: Sequence[Row], mode: str) -> str:

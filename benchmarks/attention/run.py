@@ -29,6 +29,7 @@ from benchmarks.attention.shapes import (
     work_of,
 )
 from benchmarks.attention.timing import MODES, Timing, copies_past_cache, measure, run_once
+from benchmarks.csv_file import append_rows, check_columns
 from recsys.versions import environment
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -121,7 +122,7 @@ def run_benchmark(options: Options) -> list[Row]:
         ValueError: `options.output` is a file with other columns.
     """
     if options.output is not None:
-        rows.check_file(options.output)
+        check_columns(options.output, rows.COLUMNS)
     known = {**environment(), "flash_attn": flash_attention_version(), "command": options.command}
     known_columns = {name: known[name] for name in rows.ENVIRONMENT}
     print(f"{known['device']}, torch {known['torch']}, triton {known['triton']}, commit {known['git_commit']}")
@@ -147,7 +148,7 @@ def run_benchmark(options: Options) -> list[Row]:
             rows.fill_ratios(group)
             everything += group
             if options.output is not None:  # at once, so that a comparison that is stopped keeps what it has
-                rows.append_rows(options.output, group)
+                append_rows(options.output, group, rows.COLUMNS)
     for mode in options.modes:
         print(f"\n{mode}, device ms\n{rows.table(everything, mode)}")
     if options.plot is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.attention import plots, providers, rows, run
 from benchmarks.attention.accuracy import Reference, checked_users, user_mask
 from benchmarks.attention.providers import PROVIDERS, Provider, flex_block_mask
-from benchmarks.attention.rows import COLUMNS, Row, append_rows, best_peer, fill_ratios, table
+from benchmarks.attention.rows import Row, best_peer, fill_ratios, table
 from benchmarks.attention.run import Options, main, parse_options, run_benchmark
 from benchmarks.attention.shapes import SHAPES, Batch, Inputs, Shape, parse_shape, visible_pairs, work_of
 from benchmarks.attention.timing import MODES, copies_past_cache, run_once
@@ -333,24 +333,6 @@ def test_table_has_a_line_per_shape_and_says_who_could_not() -> None:
         "shape floor sdpa varlen sll flex jagged_flash best peer peer/jagged_flash of floor MiB MiB peer"
     )
     assert " ".join(line.split()) == "S1 0.050 0.200 0.100 0.050! out of memory 0.062 varlen 1.60 80% 64 64"
-
-
-def test_rows_are_added_under_the_same_columns_only(tmp_path: Path) -> None:
-    path = tmp_path / "deeper" / "rows.csv"
-    append_rows(path, [timed("sdpa", 0.5)])
-    append_rows(path, [{"provider": "fa4", "status": rows.ABSENT, "reason": "no module, it says"}])
-    with path.open(newline="") as file:
-        read = list(csv.DictReader(file))
-    assert [(row["provider"], row["device_ms"], row["reason"]) for row in read] == [
-        ("sdpa", "0.5", ""),
-        ("fa4", "", "no module, it says"),
-    ]
-    assert tuple(read[0]) == COLUMNS
-    foreign = tmp_path / "foreign.csv"
-    foreign.write_text("a,b\n")
-    with pytest.raises(ValueError, match="has other columns"):
-        append_rows(foreign, [timed("sdpa", 0.5)])
-    assert foreign.read_text() == "a,b\n"
 
 
 def test_plots_are_drawn_or_their_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

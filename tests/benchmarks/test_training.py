@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training import BenchmarkConfig, Case, append_row, cases, run_benchmark, table
+from benchmarks.training import BenchmarkConfig, Case, cases, run_benchmark, table
 
 SMALL = [
     "experiment=throughput",
@@ -48,22 +48,6 @@ def test_a_run_gives_a_row_and_a_failing_one_its_reason(tmp_path: Path, capsys: 
     assert float(rows[0]["samples_per_second"]) == good["samples_per_second"]
     assert rows[1]["samples_per_second"] == ""
     assert "QPS" in capsys.readouterr().out
-
-
-def test_rows_are_added_under_the_same_columns_only(tmp_path: Path) -> None:
-    path = tmp_path / "deeper" / "rows.csv"
-    append_row(path, {"attention": "sdpa", "auc": 0.5})
-    append_row(path, {"attention": "dense", "failure": "too slow"})
-    with path.open() as file:
-        assert [(row["attention"], row["auc"], row["failure"]) for row in csv.DictReader(file)] == [
-            ("sdpa", "0.5", ""),
-            ("dense", "", "too slow"),
-        ]
-    foreign = tmp_path / "foreign.csv"
-    foreign.write_text("a,b\n")
-    with pytest.raises(ValueError, match="has other columns"):
-        append_row(foreign, {"attention": "sdpa"})
-    assert foreign.read_text() == "a,b\n"
 
 
 def test_table_shows_a_failure() -> None:
