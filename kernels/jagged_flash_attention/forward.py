@@ -41,7 +41,7 @@ def attend(
     i_m,
     lo,
     hi,
-    k_start,
+    k_row,
     column_k,
     h,
     window,
@@ -66,8 +66,8 @@ def attend(
     first, end = visible_keys((i_m + tl.arange(0, BM))[:, None], h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     for i_n in tl.range(lo, hi, BN):
         if TMA and not EDGE:
-            b_k = desc_k.load([k_start + i_n, column_k])
-            b_v = desc_v.load([k_start + i_n, column_k])
+            b_k = desc_k.load([k_row + i_n, column_k])
+            b_v = desc_v.load([k_row + i_n, column_k])
         else:
             b_k = load_tile(p_k, i_n, h, stride_kl, D, BN, BD, EDGE)
             b_v = load_tile(p_v, i_n, h, stride_vl, D, BN, BD, EDGE)

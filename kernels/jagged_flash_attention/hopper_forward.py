@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.jagged_flash_attention.launch import Call, grid_of, launch_on
+from kernels.jagged_flash_attention.launch import Call, fits_copy_engine, grid_of, launch_on
 
 BLOCK = 128  # queries of a program: rows of a tile of the tile list
 GROUP = gl.constexpr(64)  # queries of a group of four warps: the rows of one wgmma
@@ -427,13 +427,8 @@ def supports(q: Tensor, window: int | None, dropout_p: float) -> bool:
 
 
 def _readable_by_tma(x: Tensor) -> Tensor:
-    """`(L, H, D)` that can be read as a matrix of L rows, 16 bytes at a time; a copy if x can't."""
-    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    is_aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-    last_column = (x.shape[1] - 1) * x.stride(1) + x.shape[2]  # rows must not overlap: heads lie inside a row
-    if is_aligned and x.stride(-1) == 1 and last_column <= x.stride(0):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    """The tensor, or a copy if the copy engine can't read it as it lies."""
+    return x if fits_copy_engine(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:

@@ -131,7 +131,7 @@ def descriptors(*tensors: Tensor, block: int, wanted: bool) -> Sequence[Tensor |
 
     The tensors themselves, if this is not wanted or the engine can't read all of them as they lie.
     """
-    if not wanted or not all(_fits_descriptor(x) for x in tensors):
+    if not wanted or not all(_is_matrix_of_heads(x) and fits_copy_engine(x) for x in tensors):
         return tensors
     return [
         TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [block, x.shape[2]])
@@ -139,7 +139,15 @@ def descriptors(*tensors: Tensor, block: int, wanted: bool) -> Sequence[Tensor |
     ]
 
 
-def _fits_descriptor(x: Tensor) -> bool:
+def _is_matrix_of_heads(x: Tensor) -> bool:
+    """Whether heads follow each other in a row, and a head is as wide as a block on the chip."""
     L, _, D = x.shape
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) > 0
-    return L > 0 and aligned and x.stride(1) == D and triton.next_power_of_2(D) == D
+    return L > 0 and x.stride(1) == D and triton.next_power_of_2(D) == D
+
+
+def fits_copy_engine(x: Tensor) -> bool:
+    """Whether TMA can read `(L, H, D)` as a matrix of L rows, 16 bytes at a time."""
+    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
+    is_aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    last_column = (x.shape[1] - 1) * x.stride(1) + x.shape[2]  # rows must not overlap: heads lie inside a row
+    return is_aligned and x.stride(-1) == 1 and last_column <= x.stride(0)

@@ -404,25 +404,25 @@ class Schedule:
         """One (capacity, 8) list per block of the tiles of keys; causal, an early key has the most work."""
         return self.lists([self._spec(True, block, causal, more_than) for block in blocks])
 
-    def for_training(self, forward: int, dq: int, dkv: int, whole: int, causal: bool) -> list[Tensor]:
+    def for_training(self, forward: int, dq: int, dkv: int, short: int, causal: bool) -> list[Tensor]:
         """All lists of a forward and a backward, with one launch (cross attention: one for queries, one for keys).
 
         Args:
-            forward, dq: rows of a tile of queries; the list of all users, and of those longer than `whole`.
-            dkv: rows of a tile of keys, of users longer than `whole`.
-            whole: users of at most that many tokens are on the last list instead; 0, and in cross attention: none are.
+            forward, dq: rows of a tile of queries; the list of all users, and of those longer than `short`.
+            dkv: rows of a tile of keys, of users longer than `short`.
+            short: users of at most that many tokens are on the last list instead; 0, and in cross attention: none are.
             causal: as for `query_tiles`.
         """
-        whole = 0 if self.is_cross else whole
+        short = 0 if self.is_cross else short
         specs = [
             self._spec(False, forward, causal),
-            self._spec(False, dq, causal, whole),
-            self._spec(True, dkv, causal, whole),
+            self._spec(False, dq, causal, short),
+            self._spec(True, dkv, causal, short),
         ]
-        if whole:
-            specs.append(ListSpec(False, whole, causal, 0, whole))
+        if short:
+            specs.append(ListSpec(False, short, causal, 0, short))
         lists = self.lists(specs)
-        return lists if whole else [*lists, lists[0][:0]]
+        return lists if short else [*lists, lists[0][:0]]
 
     def lists(self, specs: Sequence[ListSpec]) -> list[Tensor]:
         """The lists asked for; those that are missing are made with one launch, in cross attention with two."""
