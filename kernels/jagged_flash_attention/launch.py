@@ -109,7 +109,8 @@ class Launcher:
     Args:
         kernel: a function decorated with `triton.jit` or `gluon.jit`, whose arguments are, in this order: descriptors,
             tensors, integers, numbers, compile-time constants.
-        option_names: of the compiler's options that a launch gives.
+        option_names: of the compiler's options that a launch gives. `launch_pdl` is one: whether the kernel may begin
+            before the one in front of it on the stream ends, if that one allows it.
     """
 
     def __init__(self, kernel: Any, *option_names: str) -> None:

@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.target_info import cuda_capability_geq
 
 from kernels.jagged_flash_attention.checks import check_offsets, checks_values
 from kernels.jagged_flash_attention.launch import INTERPRETED, Launcher, is_traced, next_power_of_2, require_triton
@@ -43,6 +45,7 @@ TARGET_GROUPS = 3 if INTERPRETED else 64
 MAX_USERS_PER_GROUP = 128
 MIN_CHUNK, MAX_CHUNK = 128, 4096  # users that a program counts at once; fewer would leave threads without a user
 MAX_TILES_PER_STEP = 1024  # (user, tile) pairs that a program places at once
+COMPILED = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit  # pragma: no cover
@@ -111,6 +114,11 @@ def jagged_tile_lists_kernel(
     The tiles of longer users come before those of a user: programs that run at the same time then share keys, and what
     comes last is small. DESCENDING begins with a user's last tile.
     """
+    # From now on the next kernel may begin, if it is launched with `launch_pdl`; it then waits for this one by itself.
+    if COMPILED:  # noqa: SIM102 (the interpreter must not ask for a GPU)
+        if cuda_capability_geq(9, 0):
+            gdc_launch_dependents()
+
     capacity = 0
     first_row = tl.zeros([], dtype=tl.int64)
     shift = 0

@@ -7,12 +7,14 @@ compute capability, except that each launch ends when its kernel is compiled.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from benchmarks.attention.candidates import HOPPER_CONFIGS
@@ -26,6 +28,7 @@ from kernels.jagged_flash_attention import (
 from kernels.jagged_flash_attention.hopper import items
 
 LENGTHS = [5, 0, 70]
+MARKS = ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "launch_pdl")
 
 
 class Driver:
@@ -44,14 +47,14 @@ class Driver:
         return 0
 
 
-def pretend(major: int, minor: int) -> list[str]:
-    """Make launches compile only; the names of compiled kernels are collected in the result."""
-    compiled: list[str] = []
+def pretend(major: int, minor: int) -> list[CompiledKernel]:
+    """Make launches compile only; the compiled kernels are collected in the result."""
+    compiled: list[CompiledKernel] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(kernel.metadata.name)
+        compiled.append(kernel)
         return kernel
 
     JITFunction.run = compile_only  # type: ignore[method-assign]
@@ -97,6 +100,13 @@ def use_hopper_kernels() -> None:
     op.choose_tiles = choose
 
 
+def described(kernel: CompiledKernel) -> list[str]:
+    """Its name, and its name with each of MARKS that it has."""
+    has = {mark: mark in kernel.asm["ptx"] for mark in MARKS} | {"launch_pdl": kernel.metadata.launch_pdl}
+    name = kernel.metadata.name
+    return [name, *[f"{name} {mark}" for mark in MARKS if has[mark]]]
+
+
 def main() -> None:
     compiled = pretend(int(sys.argv[1]), int(sys.argv[2]))
     call(64, has_targets=True)
@@ -118,7 +128,8 @@ def main() -> None:
         for head_dim in (32, 64, 128):
             call(head_dim, has_targets=True)
             call(head_dim, torch.float16, causal=False, group=2)
-    print("\n".join(f"{compiled.count(name)} {name}" for name in sorted(set(compiled))))
+    counts = Counter(line for kernel in compiled for line in described(kernel))
+    print("\n".join(f"{counts[line]} {line}" for line in sorted(counts)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The compiler takes every kernel, for GPUs that need not be there."""
+"""The compiler takes every kernel, for GPUs that need not be there; which of them begin before others end."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-PORTABLE = ("jagged_flash_attention_forward_kernel", "dq_kernel", "dkv_kernel", "jagged_tile_lists_kernel")
+LISTS = "jagged_tile_lists_kernel"
+PORTABLE = ("jagged_flash_attention_forward_kernel", "dq_kernel", "dkv_kernel", LISTS)
 FOR_HOPPER = [f"hopper_{kind}{kernel}_kernel" for kind in ("", "persistent_") for kernel in ("forward", "dq", "dkv")]
+FOLLOWING = [name for name in FOR_HOPPER if name.endswith("forward_kernel")]  # begin while lists are being made
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["hopper", "ampere"])
@@ -26,3 +28,13 @@ def test_kernels_compile(capability: tuple[int, int]) -> None:
         assert f" {name}\n" in run.stdout
     for name in FOR_HOPPER:
         assert (f" {name}\n" in run.stdout) == (capability == (9, 0)), name
+    counts = {line: int(count) for count, line in (x.split(" ", 1) for x in run.stdout.splitlines())}
+    if capability < (9, 0):
+        assert not [line for line in counts if "griddepcontrol" in line or "launch_pdl" in line]
+        return
+    assert counts[f"{LISTS} griddepcontrol.launch_dependents"] == counts[LISTS]
+    for name in FOLLOWING:
+        assert counts[f"{name} launch_pdl"] == counts[name]
+    for line, count in counts.items():
+        if line.endswith(" launch_pdl"):
+            assert counts.get(line.replace("launch_pdl", "griddepcontrol.wait")) == count, "it would not wait"

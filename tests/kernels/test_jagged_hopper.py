@@ -167,6 +167,47 @@ def test_programs_that_stay_leave_the_lists_as_they_were(
         assert all(torch.equal(x, expected[name]) for name, x in actual.items())
 
 
+@pytest.mark.parametrize("with_gradient", [False, True], ids=["one list", "all lists"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_forward_waits_for_its_lists(
+    head_dim: int, with_gradient: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """It is launched while they are still being made, where those of another batch of as many rows were before."""
+    monkeypatch.undo()  # poisoning memory would be a kernel between the two
+    kernels = first_configs(head_dim)
+    use(monkeypatch, kernels)
+    lengths = torch.randint(0, 60, (10_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    case = Case(lengths, head_dim=head_dim, dtype=torch.bfloat16)
+    q, k, v, _ = case.make_qkvg(device)
+    batches = [case.make_offsets(device), case.make_offsets(device, lengths[::-1])]
+    expected = []
+    for sign, offsets in zip((-1, 1), batches, strict=True):
+        schedule = Schedule(offsets, q.shape[0], case.max_seqlen)
+        schedule.query_tiles([kernels["hopper_forward"].block], causal=True)
+        torch.cuda.synchronize()
+        expected.append(jagged_flash_attention(sign * q, k, v, offsets, case.max_seqlen, schedule=schedule))
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    k.requires_grad_(with_gradient)
+
+    def attend() -> None:
+        for offsets, rows in zip(batches, expected, strict=True):
+            q.neg_()
+            out = jagged_flash_attention(q, k, v, offsets, case.max_seqlen).detach()
+            wrong.add_((out != rows).sum())
+
+    attend()
+    for _ in range(50):
+        attend()
+    assert wrong.item() == 0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(5):
+            attend()
+    for _ in range(10):
+        graph.replay()
+    assert wrong.item() == 0
+
+
 def test_one_schedule_on_two_streams_at_once(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     use(monkeypatch, first_configs(64))
     case = Case([250] * 400, head_dim=64, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -54,10 +55,12 @@ class Recorder:
         self.device = -1  # where CPU tensors are
         self.num_loaded = 0
         self.launches: list[tuple[Any, ...]] = []
+        self.are_dependent: list[bool] = []  # of the launches: `launch_pdl`
         self.utils = self
-        self.launcher_cls = lambda source, metadata: self.launch
+        self.launcher_cls = lambda source, metadata: functools.partial(self.launch, metadata.launch_pdl)
 
-    def launch(self, *args: Any) -> None:
+    def launch(self, is_dependent: bool, *args: Any) -> None:
+        self.are_dependent.append(is_dependent)
         *_, launch_metadata, enter, leave = args[:9]
         if enter is not None:
             enter(launch_metadata)
@@ -220,6 +223,18 @@ def test_every_device_has_its_own(recorder: Recorder) -> None:
             launch(*arguments(tensors=(OnDevice(X, device), OnDevice(X, device))))
     assert [x[FUNCTION] for x in recorder.launches] == [1, 2, 1, 2]
     assert [x[3] for x in recorder.launches] == [100, 101, 100, 101], "the stream of the device"
+
+
+@compiled_only
+@pytest.mark.parametrize("wanted", [True, False])
+def test_dependent_launch(wanted: bool, recorder: Recorder) -> None:
+    """Of the launch that compiles and of those that find what it compiled."""
+    launch = Launcher(add_kernel, "num_warps", "launch_pdl")
+    for _ in range(2):
+        for is_dependent in (wanted, not wanted):
+            launch(*arguments(options=(4, is_dependent)))
+    assert recorder.are_dependent == 2 * [wanted, not wanted]
+    assert recorder.num_loaded == 2
 
 
 @compiled_only

@@ -27,6 +27,17 @@ GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit  # pragma: no cover
+def wait_for_earlier_kernels():
+    """Until whatever was launched before on this stream is done, and what it wrote can be seen by the whole grid.
+
+    A kernel launched with `launch_pdl` begins while the one before it may still run, if that one allows it, as the one
+    that makes the tile lists does. So it touches no global memory before, be it to read or to write; and one thread of
+    every program has to wait, or a third kernel could begin before the first one ended.
+    """
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit  # pragma: no cover
 def next_slot(slot, phase, STAGES: gl.constexpr):
     """The next slot of a ring, and the phase of its barriers, which turns over with every round."""
     is_last = slot == STAGES - 1

@@ -38,6 +38,7 @@ from kernels.jagged_flash_attention.hopper.common import (
     count_key_tiles,
     matrix_of_heads,
     next_slot,
+    wait_for_earlier_kernels,
     zero_rows_from,
 )
 from kernels.jagged_flash_attention.launch import Call, Launcher, check_fields, grid_of
@@ -226,6 +227,7 @@ def hopper_forward_kernel(
     i_h = pid % H
     i_kv = i_h // HEADS_PER_KV
     p_tile = p_tiles + (pid // H).to(gl.int64) * 8
+    wait_for_earlier_kernels()
     bos = gl.load(p_tile)
     n = gl.load(p_tile + 1)
     i_m = gl.load(p_tile + 4) * (2 * GROUP)
@@ -305,7 +307,7 @@ CONFIGS: dict[int, tuple[ForwardConfig, ...]] = {
 }
 
 
-launch = Launcher(hopper_forward_kernel, "num_warps", "maxnreg")
+launch = Launcher(hopper_forward_kernel, "num_warps", "maxnreg", "launch_pdl")
 
 
 def launch_hopper_forward(
@@ -334,6 +336,6 @@ def launch_hopper_forward(
         (
             H, H // k.shape[1], D, config.block_n, config.num_stages, call.causal, call.has_targets, GROUP_REGISTERS,
         ),
-        (4, REGISTERS),
+        (4, REGISTERS, True),
     )  # fmt: skip
     return out, lse

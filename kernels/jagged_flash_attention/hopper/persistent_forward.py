@@ -28,6 +28,7 @@ from kernels.jagged_flash_attention.hopper.common import (
     matrix_of_heads,
     next_slot,
     resident,
+    wait_for_earlier_kernels,
     zero_rows_from,
 )
 from kernels.jagged_flash_attention.hopper.items import (
@@ -61,6 +62,7 @@ def load_partition(
     q_phase = 1  # a new barrier counts as having completed the phase before its first
     slot = 0
     phase = 1
+    wait_for_earlier_kernels()  # those who compute touch memory only once an item has come from here
     i_item = gl.program_id(0)
     i_h, bos, n, i_m, h = load_item(p_tiles, i_item, num_items, H, BM)
     i_item += gl.num_programs(0)
@@ -300,7 +302,7 @@ CONFIGS: dict[int, tuple[PersistentConfig, ...]] = {
 }
 
 
-launch = Launcher(hopper_persistent_forward_kernel, "num_warps", "maxnreg")
+launch = Launcher(hopper_persistent_forward_kernel, "num_warps", "maxnreg", "launch_pdl")
 
 
 def launch_persistent_forward(
@@ -331,6 +333,6 @@ def launch_persistent_forward(
             H, H // k.shape[1], D, BLOCK, config.block_n, ITEM_SLOTS, config.num_stages, call.causal,
             call.has_targets, config.in_registers,
         ),
-        (4, registers_of(config.programs_per_sm)),
+        (4, registers_of(config.programs_per_sm), True),
     )  # fmt: skip
     return out, lse
