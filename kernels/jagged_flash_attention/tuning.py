@@ -142,7 +142,7 @@ HOPPER_16BIT: TileTable = (
     Row(128, None, None, Tiles(
         forward=Tile(64, 64, 4, 3, tma=True), dkv=Tile(32, 64, 4, 2, tma=True), dq=Tile(64, 64, 4, 2, tma=True),
         hopper_forward=ForwardConfig(block_n=128, num_stages=2),
-        hopper_dq=BackwardConfig(3), hopper_dkv=BackwardConfig(3),
+        hopper_dq=BackwardConfig(3), hopper_dkv=BackwardConfig(4),
     )),
     Row(256, None, None, Tiles(forward=Tile(64, 32, 4, 2), dkv=Tile(32, 64, 8, 1), dq=Tile(64, 32, 8, 1))),
 )  # fmt: skip

@@ -60,12 +60,12 @@ def load_queries_partition(
     """Keys and values once, then for every head the tiles of queries: the first, the second, the last, the others.
 
     Log-sum-exp and delta can't come by TMA, which takes numbers from multiples of 16 bytes on, and a user begins
-    anywhere: every lane copies its own in the background, and arrives on the barrier of dout when they are there.
+    anywhere: every lane copies its own in the background, and arrives on the barrier when they are there.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     desc_q, desc_g, desc_k, desc_v = descs
     q_slots, g_slots, k_slots, v_slots, lse_slots, delta_slots = slots
-    kv_ready, q_ready, g_ready, free = barriers
+    kv_ready, ready, free = barriers
     row_q, row_k, col_q, col_g, col_k, col_v, stride_qh, stride_gh, first, count = coordinates
     p_lse, p_delta, i_h = rowwise
     mbarrier.expect(kv_ready, 4 * desc_k.block_type.nbytes, pred=count > 0)
@@ -81,30 +81,29 @@ def load_queries_partition(
             slot = visit % STAGES
             row = row_q + tile * BM
             mbarrier.wait(free.index(slot), (visit // STAGES & 1) ^ 1)  # the first wait passes at once
-            q_bar = q_ready.index(slot)
-            mbarrier.expect(q_bar, desc_q.block_type.nbytes)
-            tma.async_copy_global_to_shared(desc_q, [row, col_q + i_g * stride_qh], q_bar, q_slots.index(slot))
-            g_bar = g_ready.index(slot)
-            mbarrier.expect(g_bar, desc_g.block_type.nbytes)
-            tma.async_copy_global_to_shared(desc_g, [row, col_g + i_g * stride_gh], g_bar, g_slots.index(slot))
+            is_ready = ready.index(slot)
+            mbarrier.expect(is_ready, 2 * desc_q.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_q, [row, col_q + i_g * stride_qh], is_ready, q_slots.index(slot))
+            tma.async_copy_global_to_shared(desc_g, [row, col_g + i_g * stride_gh], is_ready, g_slots.index(slot))
             o_m = tile * BM + gl.arange(0, BM, layout)
             o_rowwise = i_rowwise + o_m
             async_copy.async_copy_global_to_shared(lse_slots.index(slot), p_lse + o_rowwise, mask=o_m < n)
             async_copy.async_copy_global_to_shared(delta_slots.index(slot), p_delta + o_rowwise, mask=o_m < n)
-            async_copy.mbarrier_arrive(g_bar, increment_count=False)
+            async_copy.mbarrier_arrive(is_ready, increment_count=False)
 
 
 @gluon.jit  # pragma: no cover
-def probabilities(b_s, lse_slot, scale_log2, layout_s: gl.constexpr):
-    """Of the transposed scores (64 keys, BM queries)."""
-    return gl.exp2(b_s * scale_log2 - lse_slot.load(gl.SliceLayout(0, layout_s))[None, :])
+def load_rowwise(slots, slot, layout_s: gl.constexpr):
+    """Log-sum-exp and delta of a tile of queries, each (1, BM)."""
+    _, _, _, _, lse_slots, delta_slots = slots
+    layout: gl.constexpr = gl.SliceLayout(0, layout_s)
+    return lse_slots.index(slot).load(layout)[None, :], delta_slots.index(slot).load(layout)[None, :]
 
 
 @gluon.jit  # pragma: no cover
-def begin_dp(v_slot, g_slot, delta_slot, layout_s: gl.constexpr):
+def begin_dp(v_slot, g_slot, b_delta, layout_s: gl.constexpr):
     """dP - delta of the transposed scores, in flight. It starts from -delta, which then takes no registers later on."""
-    b_delta = delta_slot.load(gl.SliceLayout(0, layout_s))
-    b_start = gl.zeros([GROUP, BM], gl.float32, layout_s) - b_delta[None, :]
+    b_start = gl.zeros([GROUP, BM], gl.float32, layout_s) - b_delta
     return warpgroup_mma(v_slot, g_slot.permute((1, 0)), b_start, is_async=True)
 
 
@@ -117,8 +116,8 @@ def next_queries(
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
-    q_slots, g_slots, _, _, lse_slots, delta_slots = slots
-    _, q_ready, g_ready, free = barriers
+    q_slots, g_slots, _, _, _, _ = slots
+    _, ready, free = barriers
     dtype: gl.constexpr = q_slots.dtype
     b_none = gl.zeros([GROUP, BM], gl.float32, layout_s)
 
@@ -128,14 +127,14 @@ def next_queries(
     # Not before b_p and b_dp have left their registers.
     b_dv = warpgroup_mma(b_left, g_slots.index(last_slot), b_dv, is_async=True)
     b_dk = warpgroup_mma(b_ds, q_slots.index(last_slot), b_dk, is_async=True)
-    mbarrier.wait(q_ready.index(slot), phase)
+    mbarrier.wait(ready.index(slot), phase)
     b_s = warpgroup_mma(k_slot, q_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_lse, b_delta = load_rowwise(slots, slot, layout_s)  # now, while everybody waits for products
     b_dk, b_dv, b_left, b_ds = warpgroup_mma_wait(1, deps=[b_dk, b_dv, b_left, b_ds])
     mbarrier.arrive(free.index(last_slot))
-    mbarrier.wait(g_ready.index(slot), phase)
-    b_dp = begin_dp(v_slot, g_slots.index(slot), delta_slots.index(slot), layout_s)
+    b_dp = begin_dp(v_slot, g_slots.index(slot), b_delta, layout_s)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
-    b_p = probabilities(b_s, lse_slots.index(slot), scale_log2, layout_s)
+    b_p = gl.exp2(b_s * scale_log2 - b_lse)
     return b_dk, b_dv, b_p, b_dp
 
 
@@ -155,8 +154,8 @@ def dkv_partition(
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])  # (64, BM), transposed scores
     layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (64, D)
     layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
-    q_slots, g_slots, k_slots, v_slots, lse_slots, delta_slots = slots
-    kv_ready, q_ready, g_ready, free = barriers
+    q_slots, g_slots, k_slots, v_slots, _, _ = slots
+    kv_ready, ready, free = barriers
     _, _, _, _, _, _, _, _, first, count = coordinates
     i_n, n, L, scale, scale_log2 = sizes
     dtype: gl.constexpr = q_slots.dtype
@@ -177,28 +176,26 @@ def dkv_partition(
         if i_last + BM > n:
             visit = i_head * count + gl.minimum(2, count - 1)
             last_slot = visit % STAGES
-            mbarrier.wait(q_ready.index(last_slot), visit // STAGES & 1)
-            mbarrier.wait(g_ready.index(last_slot), visit // STAGES & 1)
+            mbarrier.wait(ready.index(last_slot), visit // STAGES & 1)
             zero_rows_from(q_slots.index(last_slot), n - i_last, BM, D)
             zero_rows_from(g_slots.index(last_slot), n - i_last, BM, D)
         begin = 0
         if CAUSAL and GROUP_INDEX == 1:  # the first tile is one that only the other group sees
             begin = gl.minimum(1, count - 1)
             if begin == 1:
-                mbarrier.wait(q_ready.index(slot), phase)
-                mbarrier.wait(g_ready.index(slot), phase)
+                mbarrier.wait(ready.index(slot), phase)
                 mbarrier.arrive(free.index(slot))
                 slot, phase = next_slot(slot, phase, STAGES)
-        mbarrier.wait(q_ready.index(slot), phase)
+        mbarrier.wait(ready.index(slot), phase)
         b_s = warpgroup_mma(k_slot, q_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
-        mbarrier.wait(g_ready.index(slot), phase)
-        b_dp = begin_dp(v_slot, g_slots.index(slot), delta_slots.index(slot), layout_s)
+        b_lse, b_delta = load_rowwise(slots, slot, layout_s)
+        b_dp = begin_dp(v_slot, g_slots.index(slot), b_delta, layout_s)
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         if CAUSAL:  # the diagonal
             o_m = (first + begin) * BM + gl.arange(0, BM, gl.SliceLayout(0, layout_s))
             o_n = i_n + gl.arange(0, GROUP, gl.SliceLayout(1, layout_s))
             b_s = gl.where(o_m[None, :] >= o_n[:, None], b_s, float("-inf"))
-        b_p = probabilities(b_s, lse_slots.index(slot), scale_log2, layout_s)
+        b_p = gl.exp2(b_s * scale_log2 - b_lse)
         for _ in range(begin + 1, count):
             last_slot = slot
             slot, phase = next_slot(slot, phase, STAGES)
@@ -286,13 +283,11 @@ def hopper_dkv_kernel(
     lse_slots = gl.allocate_shared_memory(gl.float32, [STAGES, BM], layout_rowwise)
     delta_slots = gl.allocate_shared_memory(gl.float32, [STAGES, BM], layout_rowwise)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    g_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_ready, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(i), count=1)
-        mbarrier.init(g_ready.index(i), count=1 + LANES)  # the copy engine, and every lane of the loading warp
+        mbarrier.init(ready.index(i), count=1 + LANES)  # the copy engine, and every lane of the loading warp
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
 
@@ -304,7 +299,7 @@ def hopper_dkv_kernel(
     i_h = i_kv * HEADS_PER_KV
     descs = (desc_q, desc_g, desc_k, desc_v)
     slots = (q_slots, g_slots, k_slots, v_slots, lse_slots, delta_slots)
-    barriers = (kv_ready, q_ready, g_ready, free)
+    barriers = (kv_ready, ready, free)
     coordinates = (
         bos, bos + i_n, i_h * stride_qh, i_h * stride_gh, i_kv * stride_kh, i_kv * stride_vh, stride_qh, stride_gh,
         first, count,
@@ -334,7 +329,7 @@ def hopper_dkv_kernel(
 
 
 # Head dim -> configurations worth a try on another GPU, the best first.
-CONFIGS: dict[int, tuple[BackwardConfig, ...]] = {128: (BackwardConfig(3),)}
+CONFIGS: dict[int, tuple[BackwardConfig, ...]] = {128: (BackwardConfig(4), BackwardConfig(3))}
 
 launch = Launcher(hopper_dkv_kernel, "num_warps", "maxnreg")
 
