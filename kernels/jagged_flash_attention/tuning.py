@@ -124,16 +124,16 @@ HOPPER_16BIT: TileTable = (
         hopper_forward=PersistentConfig(3, 3),
         hopper_dq=PersistentConfig(4, 2, in_registers=True), hopper_dkv=PersistentConfig(4, 2, in_registers=True),
     )),
-    Row(64, 4096, None, Tiles(
+    Row(64, 4096, True, Tiles(
         forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 2, tma=True, max_registers=128),
         dq=Tile(64, 64, 4, 3, tma=True),
-        hopper_forward=PersistentConfig(3, 3, in_registers=True),
+        hopper_forward=PersistentConfig(3, 3),
         hopper_dq=PersistentConfig(4, 2, in_registers=True), hopper_dkv=PersistentConfig(4, 2, in_registers=True),
     )),
     Row(64, None, None, Tiles(
         forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 2, tma=True, max_registers=128),
         dq=Tile(64, 64, 4, 3, tma=True),
-        hopper_forward=PersistentConfig(3, 2, block_n=128, in_registers=True),
+        hopper_forward=PersistentConfig(2, 4),
         hopper_dq=PersistentConfig(4, 2, in_registers=True), hopper_dkv=PersistentConfig(4, 2, in_registers=True),
     )),
     Row(128, 512, None, Tiles(

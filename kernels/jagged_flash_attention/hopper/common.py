@@ -78,12 +78,13 @@ def resident(slot, layout_s: gl.constexpr, IN_REGISTERS: gl.constexpr):
 
 @gluon.jit  # pragma: no cover
 def attend_self(
-    b_acc, b_max, b_sum, p_q, p_k, p_v, stride_ql, stride_kl, stride_vl, num_before, num_rows, scale_log2,
+    b_acc, b_shift, b_sum, p_q, p_k, p_v, stride_ql, stride_kl, stride_vl, num_before, num_rows, scale_log2,
     BM: gl.constexpr, D: gl.constexpr, layout_acc: gl.constexpr,
 ):  # fmt: skip
     """Let every candidate among the queries see itself: the diagonal, one row-wise product.
 
-    Rows of the pointers from num_before to below num_rows are candidates.
+    Rows of the pointers from num_before to below num_rows are candidates. b_shift: what is subtracted from scaled
+    scores, for rows that have seen something, which is where b_sum isn't zero.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_m = gl.arange(0, BM, gl.SliceLayout(1, layout))[:, None]
@@ -97,13 +98,14 @@ def attend_self(
     o_d = gl.arange(0, D, gl.SliceLayout(0, layout_acc))[None, :]
     m_candidate = (o_m >= num_before) & (o_m < num_rows)
     b_v = gl.load(p_v + (o_m[:, None] * stride_vl + o_d), mask=m_candidate[:, None], other=0.0)
-    b_s = gl.where(m_candidate, b_s, float("-inf"))
-    b_new_max = gl.maximum(b_max, b_s)
-    b_shift = gl.where(b_new_max == float("-inf"), 0.0, b_new_max) * scale_log2  # rows past the end see nothing
-    b_p = gl.exp2(b_s * scale_log2 - b_shift)
-    b_decay = gl.exp2(b_max * scale_log2 - b_shift)
+    b_s = gl.where(m_candidate, b_s * scale_log2, float("-inf"))
+    b_shift = gl.where(b_sum == 0.0, float("-inf"), b_shift)
+    b_new_shift = gl.maximum(b_shift, b_s)
+    b_new_shift = gl.where(b_new_shift == float("-inf"), 0.0, b_new_shift)  # rows past the end see nothing
+    b_p = gl.exp2(b_s - b_new_shift)
+    b_decay = gl.exp2(b_shift - b_new_shift)
     b_acc = b_acc * b_decay[:, None] + b_p[:, None] * b_v.to(gl.float32)
-    return b_acc, b_new_max, b_sum * b_decay + b_p
+    return b_acc, b_new_shift, b_sum * b_decay + b_p
 
 
 @gluon.jit  # pragma: no cover

@@ -41,6 +41,20 @@ from kernels.jagged_flash_attention.hopper.common import (
     wait_for_earlier_kernels,
     zero_rows_from,
 )
+from kernels.jagged_flash_attention.hopper.softmax import (
+    begin_softmax,
+    end_softmax,
+    from_quads,
+    in_quads,
+    log2,
+    mask_scores,
+    max_of_thread,
+    raise_shift,
+    reciprocal,
+    rescale,
+    spread,
+    sum_of_thread,
+)
 from kernels.jagged_flash_attention.launch import Call, Launcher, check_fields, grid_of
 
 BLOCK = 128  # queries of a program: rows of a tile of the tile list
@@ -106,7 +120,6 @@ def attend_partition(
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])  # (64, BN)
     layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (64, D)
     layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
-    layout_row: gl.constexpr = gl.SliceLayout(1, layout_s)
     q_slots, k_slots, v_slots = slots
     q_ready, k_ready, k_free, v_ready, v_free = barriers
     p_q, p_k, p_v, p_out, p_lse, stride_ql, stride_kl, stride_vl = memory
@@ -132,16 +145,9 @@ def attend_partition(
     b_s = warpgroup_mma(q_slot, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False)  # (64, BN)
     mbarrier.arrive(k_free.index(slot))
     i_n = (num_own - 1) * BN
-    o_n = (i_n + gl.arange(0, BN, gl.SliceLayout(0, layout_s)))[None, :]
-    m_s = o_n < h
-    if CAUSAL:
-        m_s = m_s & (o_n <= (i_m + gl.arange(0, GROUP, layout_row))[:, None])
-    b_s = gl.where(m_s, b_s, float("-inf"))
-    b_max = gl.max(b_s, 1)
-    b_shift = gl.where(b_max == float("-inf"), 0.0, b_max) * scale_log2  # without history nothing is seen
-    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
-    b_sum = gl.sum(b_p, 1)
-    b_p = gl.convert_layout(b_p.to(dtype), layout_p)
+    b_s = mask_scores(b_s, i_m, i_n, h, GROUP, BN, CAUSAL, layout_s)
+    b_p4, b_sum4, b_shift = begin_softmax(b_s, scale_log2, layout_s)
+    b_p = gl.convert_layout(from_quads(b_p4, layout_s).to(dtype), layout_p)
     if i_n + BN > h:
         mbarrier.wait(v_ready.index(slot), phase)
         zero_rows_from(v_slots.index(slot), h - i_n, BN, D)
@@ -157,35 +163,32 @@ def attend_partition(
         b_acc = warpgroup_mma(b_p, v_slots.index(v_slot), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         mbarrier.arrive(k_free.index(slot))
-        b_new_max = gl.maximum(b_max, gl.max(b_s, 1))
-        b_shift = b_new_max * scale_log2
-        b_decay = gl.exp2(b_max * scale_log2 - b_shift)
-        b_prob = gl.exp2(b_s * scale_log2 - b_shift[:, None])
-        b_sum = b_sum * b_decay + pin(gl.sum(b_prob, 1))
-        b_max = b_new_max
+        b_s4 = in_quads(b_s)
+        b_shift, b_decay, b_new = raise_shift(max_of_thread(b_s4), b_shift, scale_log2)
+        b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift))
+        b_sum4 = b_sum4 * b_decay + pin(sum_of_thread(b_p4))
         b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
         mbarrier.arrive(v_free.index(v_slot))
-        b_acc = b_acc * gl.convert_layout(b_decay, gl.SliceLayout(1, layout_acc))[:, None]
-        b_p = gl.convert_layout(b_prob.to(dtype), layout_p)
+        b_acc = rescale(b_acc, b_decay, b_new, layout_acc)
+        b_p = gl.convert_layout(from_quads(b_p4, layout_s).to(dtype), layout_p)
 
     mbarrier.wait(v_ready.index(slot), phase)
     b_acc = warpgroup_mma(b_p, v_slots.index(slot), b_acc)
 
-    b_max = gl.convert_layout(b_max, gl.SliceLayout(1, layout_acc))
-    b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, layout_acc))
+    b_sum, b_shift = end_softmax(b_sum4, b_shift, gl.SliceLayout(1, layout_acc))
     if HAS_TARGETS:  # noqa: SIM102
         if gl.minimum(i_m + GROUP, n) > h:
             first = i_m.to(gl.int64)
-            b_acc, b_max, b_sum = attend_self(
-                b_acc, b_max, b_sum, p_q + first * stride_ql, p_k + first * stride_kl, p_v + first * stride_vl,
+            b_acc, b_shift, b_sum = attend_self(
+                b_acc, b_shift, b_sum, p_q + first * stride_ql, p_k + first * stride_kl, p_v + first * stride_vl,
                 stride_ql, stride_kl, stride_vl, h - i_m, n - i_m, scale_log2, GROUP, D, layout_acc,
             )  # fmt: skip
 
     o_m = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout_acc))
-    gl.store(p_lse + o_m, b_max * scale_log2 + gl.log2(b_sum), mask=o_m < n)
+    gl.store(p_lse + o_m, b_shift + log2(b_sum), mask=o_m < n)
 
     # By way of shared memory, where the queries were, so that a warp writes whole rows.
-    q_slot.store((b_acc * (1.0 / b_sum)[:, None]).to(dtype))
+    q_slot.store((b_acc * reciprocal(b_sum)[:, None]).to(dtype))
     layout_out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_m = i_m + gl.arange(0, GROUP, gl.SliceLayout(1, layout_out))
     o_d = gl.arange(0, D, gl.SliceLayout(0, layout_out))

@@ -45,6 +45,20 @@ from kernels.jagged_flash_attention.hopper.items import (
     put_item,
     registers_of,
 )
+from kernels.jagged_flash_attention.hopper.softmax import (
+    begin_softmax,
+    end_softmax,
+    from_quads,
+    in_quads,
+    log2,
+    mask_scores,
+    max_of_thread,
+    raise_shift,
+    reciprocal,
+    rescale,
+    spread,
+    sum_of_thread,
+)
 from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
@@ -95,51 +109,45 @@ def load_partition(
 
 
 @gluon.jit  # pragma: no cover
-def mask_scores(b_s, i_m, i_n, h, BM: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr, layout_s: gl.constexpr):
-    """-inf where a query does not see a history key."""
-    o_n = gl.arange(0, BN, gl.SliceLayout(0, layout_s))[None, :]
-    if CAUSAL:
-        end = gl.minimum(i_m - i_n + 1 + gl.arange(0, BM, gl.SliceLayout(1, layout_s)), h - i_n)
-        return gl.where(o_n < end[:, None], b_s, float("-inf"))
-    else:
-        return gl.where(o_n < h - i_n, b_s, float("-inf"))
-
-
-@gluon.jit  # pragma: no cover
 def visit_next_tile(
-    b_acc, b_max, b_sum, b_p, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    b_acc, b_p4, b_sum4, b_shift, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SERIAL: gl.constexpr,
 ):  # fmt: skip
     """Add P V of the tile at hand, and make P of the next one.
 
     Both products are waited for at once: other programs of the multiprocessor fill the gap, and every further barrier
-    costs all warps a meeting.
+    costs all warps a meeting. SERIAL, one after the other, takes fewer registers.
     """
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     last_slot = slot
-    b_left = gl.convert_layout(b_p.to(a_q.dtype), gl.DotOperandLayout(0, layout_acc, 2))
+    b_left = gl.convert_layout(from_quads(b_p4, layout_s).to(a_q.dtype), gl.DotOperandLayout(0, layout_acc, 2))
     b_acc = warpgroup_mma(b_left, v_slots.index(last_slot), b_acc, is_async=True)
     slot, phase = next_slot(slot, phase, STAGES)
+    if SERIAL:
+        b_acc, b_left = warpgroup_mma_wait(0, deps=[b_acc, b_left])
+        mbarrier.arrive(kv_free.index(last_slot))
     mbarrier.wait(kv_ready.index(slot), phase)
     b_none = gl.zeros([BM, BN], gl.float32, layout_s)
     b_s = warpgroup_mma(a_q, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
-    b_acc, b_s, b_left = warpgroup_mma_wait(0, deps=[b_acc, b_s, b_left])
-    mbarrier.arrive(kv_free.index(last_slot))
-    b_new_max = gl.maximum(b_max, gl.max(b_s, 1))
-    b_shift = b_new_max * scale_log2
-    b_decay = gl.exp2(b_max * scale_log2 - b_shift)
-    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
-    b_sum = b_sum * b_decay + gl.sum(b_p, 1)
-    b_acc = b_acc * gl.convert_layout(b_decay, gl.SliceLayout(1, layout_acc))[:, None]
-    return b_acc, b_new_max, b_sum, b_p, slot, phase
+    if SERIAL:
+        b_s = warpgroup_mma_wait(0, deps=[b_s])
+    else:
+        b_acc, b_s, b_left = warpgroup_mma_wait(0, deps=[b_acc, b_s, b_left])
+        mbarrier.arrive(kv_free.index(last_slot))
+    b_s4 = in_quads(b_s)
+    b_shift, b_decay, b_new = raise_shift(max_of_thread(b_s4), b_shift, scale_log2)
+    b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift))
+    b_sum4 = b_sum4 * b_decay + sum_of_thread(b_p4)
+    b_acc = rescale(b_acc, b_decay, b_new, layout_acc)
+    return b_acc, b_p4, b_sum4, b_shift, slot, phase
 
 
 @gluon.jit  # pragma: no cover
 def attend_partition(
     slots, barriers, memory, L, scale_log2, H: gl.constexpr, HEADS_PER_KV: gl.constexpr, D: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_TARGETS: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    HAS_TARGETS: gl.constexpr, IN_REGISTERS: gl.constexpr, SERIAL: gl.constexpr,
 ):  # fmt: skip
     """Softmax attention of one item after the other."""
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])  # (BM, BN)
@@ -172,41 +180,38 @@ def attend_partition(
         a_q = resident(q_tile, layout_s, IN_REGISTERS)
         b_s = warpgroup_mma(a_q, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False)
         b_s = mask_scores(b_s, i_m, i_n, h, BM, BN, CAUSAL, layout_s)
-        b_max = gl.max(b_s, 1)
-        b_shift = gl.where(b_max == float("-inf"), 0.0, b_max) * scale_log2  # nothing seen yet
-        b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
-        b_sum = gl.sum(b_p, 1)
+        b_p4, b_sum4, b_shift = begin_softmax(b_s, scale_log2, layout_s)
         if h - i_n < BN:
             zero_rows_from(v_slots.index(slot), h - i_n, BN, D)
 
         b_acc = gl.zeros([BM, D], gl.float32, layout_acc)
         for _ in range(1, num_tiles):
-            b_acc, b_max, b_sum, b_p, slot, phase = visit_next_tile(
-                b_acc, b_max, b_sum, b_p, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
-                BM, BN, D, STAGES,
+            b_acc, b_p4, b_sum4, b_shift, slot, phase = visit_next_tile(
+                b_acc, b_p4, b_sum4, b_shift, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
+                BM, BN, D, STAGES, SERIAL,
             )  # fmt: skip
-        b_acc = warpgroup_mma(gl.convert_layout(b_p.to(dtype), layout_p), v_slots.index(slot), b_acc)
+        b_left = gl.convert_layout(from_quads(b_p4, layout_s).to(dtype), layout_p)
+        b_acc = warpgroup_mma(b_left, v_slots.index(slot), b_acc)
 
         row = (bos + i_m).to(gl.int64)
         num_rows = n - i_m
-        b_max = gl.convert_layout(b_max, layout_acc_row)
-        b_sum = gl.convert_layout(b_sum, layout_acc_row)
+        b_sum, b_shift = end_softmax(b_sum4, b_shift, layout_acc_row)
         if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
             if gl.minimum(BM, num_rows) > h - i_m:
                 i_kv = i_h // HEADS_PER_KV
-                b_acc, b_max, b_sum = attend_self(
-                    b_acc, b_max, b_sum, p_q + row * stride_ql + i_h * stride_qh,
+                b_acc, b_shift, b_sum = attend_self(
+                    b_acc, b_shift, b_sum, p_q + row * stride_ql + i_h * stride_qh,
                     p_k + row * stride_kl + i_kv * stride_kh, p_v + row * stride_vl + i_kv * stride_vh,
                     stride_ql, stride_kl, stride_vl, h - i_m, num_rows, scale_log2, BM, D, layout_acc,
                 )  # fmt: skip
 
         # By way of shared memory, where the queries were, so that a warp writes whole rows.
-        q_tile.store((b_acc * (1.0 / b_sum)[:, None]).to(dtype))
+        q_tile.store((b_acc * reciprocal(b_sum)[:, None]).to(dtype))
         mbarrier.arrive(kv_free.index(slot))  # here, because warps meet before the next step anyway
         slot, phase = next_slot(slot, phase, STAGES)
         o_m = gl.arange(0, BM, layout_acc_row)
         p_rows = p_lse + i_h.to(gl.int64) * L + row
-        gl.store(p_rows + o_m, b_max * scale_log2 + gl.log2(b_sum), mask=o_m < num_rows)
+        gl.store(p_rows + o_m, b_shift + log2(b_sum), mask=o_m < num_rows)
         o_m = gl.arange(0, BM, gl.SliceLayout(1, layout_out))[:, None]
         o_d = gl.arange(0, D, gl.SliceLayout(0, layout_out))[None, :]
         p_rows = p_out + (row * H + i_h) * D
@@ -249,6 +254,7 @@ def hopper_persistent_forward_kernel(
     CAUSAL: gl.constexpr,
     HAS_TARGETS: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
+    SERIAL: gl.constexpr,
 ):
     """Items until there are no more."""
     gl.static_assert(STAGES >= 2, "a tile is waited for while another one is held")
@@ -279,7 +285,7 @@ def hopper_persistent_forward_kernel(
         [
             (attend_partition, (
                 slots, barriers, memory, L, scale_log2,
-                H, HEADS_PER_KV, D, BM, BN, Q_STAGES, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS,
+                H, HEADS_PER_KV, D, BM, BN, Q_STAGES, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS, SERIAL,
             )),
             (load_partition, (
                 descs, slots, barriers, p_tiles, num_items, strides,
@@ -297,6 +303,7 @@ CONFIGS: dict[int, tuple[PersistentConfig, ...]] = {
     64: (
         PersistentConfig(3, 3),
         PersistentConfig(3, 3, in_registers=True),
+        PersistentConfig(2, 4),
         PersistentConfig(3, 2, block_n=128, in_registers=True),
     ),
 }
@@ -331,7 +338,7 @@ def launch_persistent_forward(
         (L, num_items, call.scale_log2),
         (
             H, H // k.shape[1], D, BLOCK, config.block_n, ITEM_SLOTS, config.num_stages, call.causal,
-            call.has_targets, config.in_registers,
+            call.has_targets, config.in_registers, D == 64 and config.programs_per_sm > 3,
         ),
         (4, registers_of(config.programs_per_sm), True),
     )  # fmt: skip
