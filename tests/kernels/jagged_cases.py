@@ -48,6 +48,9 @@ class Case:
     has_candidates: bool = False
     scale: float | None = None
     dropout_p: float = 0.0
+    score_slope: float = 0.0
+    """Added to the scores of a user's first key ... last key: 0 ... that. Else scores are standard normal."""
+
     slack: int = 0  # max_seqlen above the longest length
     layout: str = "contiguous"
     seed: int = 0
@@ -76,7 +79,12 @@ class Case:
         q_shape = (total, self.num_heads, self.head_dim)
         k_shape = (total_keys, self.num_heads // self.group, self.head_dim)
         shapes = (q_shape, k_shape, k_shape, q_shape)
-        return [relay(torch.randn(x, generator=generator).to(device, self.dtype), self.layout) for x in shapes]
+        q, k, v, dout = (torch.randn(x, generator=generator) for x in shapes)
+        if self.score_slope:
+            q[..., 0] = self.head_dim**0.5
+            steps = [torch.arange(n) / max(n - 1, 1) for n in self.key_lengths or self.lengths]
+            k[..., 0] = self.score_slope * torch.cat(steps)[:, None]
+        return [relay(x.to(device, self.dtype), self.layout) for x in (q, k, v, dout)]
 
     def options(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of the operator and of the reference."""

@@ -31,6 +31,8 @@ EVERY_CONFIG = [
     for i, config in enumerate(configs)
 ]
 
+EVERY_FORWARD = [param for param in EVERY_CONFIG if "hopper_forward" in param.values[1]]
+
 
 def first_configs(head_dim: int) -> dict[str, Any]:
     """All kernels that there are."""
@@ -132,6 +134,50 @@ def test_a_user_of_nan_stays_alone(
     for name in expected:
         assert torch.equal(actual[name][:70], expected[name][:70]), name
         assert torch.equal(actual[name][120:], expected[name][120:]), name
+
+
+@pytest.mark.parametrize("score_slope", [-400.0, -30.0, 30.0, 400.0])
+@pytest.mark.parametrize(("causal", "has_candidates"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("head_dim", "kernels"), EVERY_FORWARD)
+def test_scores_that_rise_and_fall(
+    head_dim: int,
+    kernels: dict[str, Any],
+    causal: bool,
+    has_candidates: bool,
+    score_slope: float,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    """From tile to tile the maximum rises past what the forward leaves room for, a little or far, or it never does."""
+    use(monkeypatch, kernels)
+    case = Case(
+        [700, 63, 300, 129],
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        causal=causal,
+        has_candidates=has_candidates,
+        score_slope=score_slope,
+        slack=1000,
+    )
+    assert_kernel_matches_reference(case, device)
+
+
+@pytest.mark.parametrize(("head_dim", "kernels"), EVERY_FORWARD)
+def test_scores_of_other_users_change_nothing(
+    head_dim: int, kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Not even a bit, though rows of several users go through one warp."""
+    use(monkeypatch, kernels)
+    case = Case([70, 50, 200, 30], head_dim=head_dim, dtype=torch.bfloat16, score_slope=20.0, slack=1000)
+    *qkv, _ = case.make_qkvg(device)
+    args = (case.make_offsets(device), case.max_seqlen)
+    expected = jagged_flash_attention(*qkv, *args)
+    for x in qkv[:2]:
+        x[70:120] *= 30.0
+    actual = jagged_flash_attention(*qkv, *args)
+    assert not torch.equal(actual[70:120], expected[70:120])
+    assert torch.equal(actual[:70], expected[:70])
+    assert torch.equal(actual[120:], expected[120:])
 
 
 @pytest.mark.parametrize("programs_per_sm", [1, 2])
