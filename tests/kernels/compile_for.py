@@ -28,7 +28,8 @@ from kernels.jagged_flash_attention import (
 from kernels.jagged_flash_attention.hopper import items
 
 LENGTHS = [5, 0, 70]
-MARKS = ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "launch_pdl")
+WAIT = "griddepcontrol.wait"
+MARKS = (WAIT, "griddepcontrol.launch_dependents")
 
 
 class Driver:
@@ -90,21 +91,25 @@ def call(
     out.backward(torch.ones_like(out))
 
 
-def use_hopper_kernels() -> None:
-    """From now on all kernels written for Hopper, whatever the table says."""
+def use_hopper_kernels(number: int) -> None:
+    """From now on all kernels written for Hopper, in the configuration of that number, whatever the table says."""
 
     def choose(head_dim: int, *args: Any) -> tuning.Tiles:
-        first = {kernel: table[head_dim][0] for kernel, table in HOPPER_CONFIGS.items() if head_dim in table}
-        return replace(tuning.choose_tiles(head_dim, *args), **first)
+        tables = {kernel: table[head_dim] for kernel, table in HOPPER_CONFIGS.items() if head_dim in table}
+        chosen = {kernel: configs[min(number, len(configs) - 1)] for kernel, configs in tables.items()}
+        return replace(tuning.choose_tiles(head_dim, *args), **chosen)
 
     op.choose_tiles = choose
 
 
 def described(kernel: CompiledKernel) -> list[str]:
-    """Its name, and its name with each of MARKS that it has."""
-    has = {mark: mark in kernel.asm["ptx"] for mark in MARKS} | {"launch_pdl": kernel.metadata.launch_pdl}
-    name = kernel.metadata.name
-    return [name, *[f"{name} {mark}" for mark in MARKS if has[mark]]]
+    """Its name, and its name with what a test asks for."""
+    name, ptx = kernel.metadata.name, kernel.asm["ptx"]
+    has = {mark: mark in ptx for mark in MARKS}
+    has["launch_pdl"] = kernel.metadata.launch_pdl
+    has[f"{WAIT} before it loads"] = WAIT in ptx and ptx.index(WAIT) < ptx.index("ld.global")
+    has[f"{ptx.count('vote.sync.any')} votes"] = "vote.sync.any" in ptx
+    return [name, *[f"{name} {mark}" for mark in has if has[mark]]]
 
 
 def main() -> None:
@@ -124,10 +129,11 @@ def main() -> None:
     call(64, torch.float32, has_targets=True)
     call(32, torch.float32, precision="tf32")
     if sys.argv[1] == "9":
-        use_hopper_kernels()
-        for head_dim in (32, 64, 128):
-            call(head_dim, has_targets=True)
-            call(head_dim, torch.float16, causal=False, group=2)
+        for number in range(max(len(configs) for table in HOPPER_CONFIGS.values() for configs in table.values())):
+            use_hopper_kernels(number)
+            for head_dim in (32, 64, 128):
+                call(head_dim, has_targets=True)
+                call(head_dim, torch.float16, causal=False, group=2)
     counts = Counter(line for kernel in compiled for line in described(kernel))
     print("\n".join(f"{counts[line]} {line}" for line in sorted(counts)))
 

@@ -136,7 +136,11 @@ def test_a_user_of_nan_stays_alone(
         assert torch.equal(actual[name][120:], expected[name][120:]), name
 
 
-@pytest.mark.parametrize("score_slope", [-400.0, -30.0, 30.0, 400.0])
+@pytest.mark.parametrize(
+    ("score_slope", "dtype"),
+    [(-400.0, torch.bfloat16), (-30.0, torch.bfloat16), (-30.0, torch.float16), (30.0, torch.float16)],
+    ids=["far", "a little", "a little, float16", "never"],
+)
 @pytest.mark.parametrize(("causal", "has_candidates"), [(True, True), (False, False)])
 @pytest.mark.parametrize(("head_dim", "kernels"), EVERY_FORWARD)
 def test_scores_that_rise_and_fall(
@@ -145,15 +149,16 @@ def test_scores_that_rise_and_fall(
     causal: bool,
     has_candidates: bool,
     score_slope: float,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device,
 ) -> None:
-    """From tile to tile the maximum rises past what the forward leaves room for, a little or far, or it never does."""
+    """From tile to tile, the last keys first, the maximum rises past what the forward leaves room for, or not."""
     use(monkeypatch, kernels)
     case = Case(
         [700, 63, 300, 129],
         head_dim=head_dim,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         causal=causal,
         has_candidates=has_candidates,
         score_slope=score_slope,
@@ -163,21 +168,24 @@ def test_scores_that_rise_and_fall(
 
 
 @pytest.mark.parametrize(("head_dim", "kernels"), EVERY_FORWARD)
-def test_scores_of_other_users_change_nothing(
+def test_rows_of_a_warp_do_not_meddle(
     head_dim: int, kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """Not even a bit, though rows of several users go through one warp."""
+    """Neither maxima that rise, of the next user, whose rows share warps with the last of one, nor NaN and inf."""
     use(monkeypatch, kernels)
-    case = Case([70, 50, 200, 30], head_dim=head_dim, dtype=torch.bfloat16, score_slope=20.0, slack=1000)
-    *qkv, _ = case.make_qkvg(device)
+    case = Case([135, 50, 200, 30], head_dim=head_dim, dtype=torch.bfloat16, score_slope=20.0, slack=1000)
+    q, k, v, _ = case.make_qkvg(device)
     args = (case.make_offsets(device), case.max_seqlen)
-    expected = jagged_flash_attention(*qkv, *args)
-    for x in qkv[:2]:
-        x[70:120] *= 30.0
-    actual = jagged_flash_attention(*qkv, *args)
-    assert not torch.equal(actual[70:120], expected[70:120])
-    assert torch.equal(actual[:70], expected[:70])
-    assert torch.equal(actual[120:], expected[120:])
+    expected = jagged_flash_attention(q, k, v, *args)
+    changed = torch.zeros(len(q), dtype=torch.bool, device=device)
+    changed[135:185] = True
+    q[135:185] *= -30.0
+    q[200], q[310] = float("nan"), float("inf")
+    changed[[200, 310]] = True
+    actual = jagged_flash_attention(q, k, v, *args)
+    assert not torch.equal(actual[135:185], expected[135:185])
+    assert actual[[200, 310]].isnan().all()
+    assert torch.equal(actual[~changed], expected[~changed])
 
 
 @pytest.mark.parametrize("programs_per_sm", [1, 2])

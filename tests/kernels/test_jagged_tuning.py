@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.attention.candidates import HOPPER_CONFIGS
 from kernels.jagged_flash_attention import tuning
 from kernels.jagged_flash_attention.hopper.dq import BackwardConfig
 from kernels.jagged_flash_attention.hopper.forward import ForwardConfig
@@ -103,6 +104,13 @@ def test_only_16_bit_types_use_tensor_core_tiles() -> None:
     assert tuning.select_table(torch.bfloat16, (9, 0)) is tuning.HOPPER_16BIT
     assert tuning.select_table(torch.bfloat16, (8, 6)) is tuning.PORTABLE_16BIT
     assert tuning.select_table(torch.float32, (9, 0)) is tuning.PORTABLE_32BIT
+
+
+def test_every_choice_for_hopper_is_one_that_is_tested() -> None:
+    for row in tuning.HOPPER_16BIT:
+        for kernel, configs in HOPPER_CONFIGS.items():
+            choice = getattr(row.tiles, kernel)
+            assert choice is None or choice in configs[row.head_dim], (row.head_dim, kernel)
 
 
 # Files

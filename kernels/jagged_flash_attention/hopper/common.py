@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What the kernels for Hopper share: rings of slots, rows that are another user's, candidates, descriptors for TMA.
+"""What the kernels for Hopper share: waiting for earlier ones, rings of slots, rows of other users, candidates, TMA.
 
 Names: see ../tiles.py; `ready` barriers say that a slot is filled, `free` barriers that those who compute are done with
 it; `b_g` and `g_slots` hold dout. Scores stay unscaled; the scale (in base 2) goes into the one fused multiply-add in

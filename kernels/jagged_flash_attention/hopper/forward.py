@@ -12,6 +12,8 @@ Tiles of keys are visited from the last to the first. The last is the only one t
 diagonal as well as for the end of the history: a group's 64 queries lie in one tile of keys. It is done
 before the loop, so the loop has no mask at all.
 
+The softmax is that of softmax.py. A program begins while the lists may still be being made, and waits for them.
+
 Names: see common.py.
 """
 
@@ -102,7 +104,7 @@ def pin(b_sum):
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 a; setp.lt.f32 p, $2, 0f00000000; setp.lt.or.f32 p, $3, 0f00000000, p; "
         "mov.b32 a, 0; @p st.shared.f32 [a], $2; mov.b32 $0, $2; mov.b32 $1, $3; }",
-        "=f,=f,f,f",
+        "=&f,=&f,f,f",
         [b_sum],
         dtype=gl.float32,
         is_pure=False,
@@ -145,8 +147,8 @@ def attend_partition(
     b_s = warpgroup_mma(q_slot, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False)  # (64, BN)
     mbarrier.arrive(k_free.index(slot))
     i_n = (num_own - 1) * BN
-    b_s = mask_scores(b_s, i_m, i_n, h, GROUP, BN, CAUSAL, layout_s)
-    b_p4, b_sum4, b_shift = begin_softmax(b_s, scale_log2, layout_s)
+    b_s = mask_scores(b_s, i_m, i_n, h, CAUSAL)
+    b_p4, b_sum4, b_shift4 = begin_softmax(b_s, scale_log2)
     b_p = gl.convert_layout(from_quads(b_p4, layout_s).to(dtype), layout_p)
     if i_n + BN > h:
         mbarrier.wait(v_ready.index(slot), phase)
@@ -164,18 +166,18 @@ def attend_partition(
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         mbarrier.arrive(k_free.index(slot))
         b_s4 = in_quads(b_s)
-        b_shift, b_decay, b_new = raise_shift(max_of_thread(b_s4), b_shift, scale_log2)
-        b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift))
-        b_sum4 = b_sum4 * b_decay + pin(sum_of_thread(b_p4))
+        b_shift4, b_decay4, b_new4 = raise_shift(max_of_thread(b_s4), b_shift4, scale_log2)
+        b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift4))
+        b_sum4 = b_sum4 * b_decay4 + pin(sum_of_thread(b_p4))
         b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
         mbarrier.arrive(v_free.index(v_slot))
-        b_acc = rescale(b_acc, b_decay, b_new, layout_acc)
+        b_acc = rescale(b_acc, b_decay4, b_new4)
         b_p = gl.convert_layout(from_quads(b_p4, layout_s).to(dtype), layout_p)
 
     mbarrier.wait(v_ready.index(slot), phase)
     b_acc = warpgroup_mma(b_p, v_slots.index(slot), b_acc)
 
-    b_sum, b_shift = end_softmax(b_sum4, b_shift, gl.SliceLayout(1, layout_acc))
+    b_shift, b_sum = end_softmax(b_sum4, b_shift4, gl.SliceLayout(1, layout_acc))
     if HAS_TARGETS:  # noqa: SIM102
         if gl.minimum(i_m + GROUP, n) > h:
             first = i_m.to(gl.int64)

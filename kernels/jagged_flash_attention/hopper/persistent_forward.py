@@ -5,6 +5,8 @@ Of an item, the queries stay; tiles of BN keys and values stream by, from the la
 one that needs a mask, for the diagonal as well as for the end of the history: an item's queries lie in one tile of
 keys. The loop over the others has none.
 
+The softmax is that of softmax.py. A program begins while the lists may still be being made; the loading warp waits.
+
 Names: see common.py.
 """
 
@@ -110,7 +112,7 @@ def load_partition(
 
 @gluon.jit  # pragma: no cover
 def visit_next_tile(
-    b_acc, b_p4, b_sum4, b_shift, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
+    b_acc, b_p4, b_sum4, b_shift4, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SERIAL: gl.constexpr,
 ):  # fmt: skip
     """Add P V of the tile at hand, and make P of the next one.
@@ -136,11 +138,11 @@ def visit_next_tile(
         b_acc, b_s, b_left = warpgroup_mma_wait(0, deps=[b_acc, b_s, b_left])
         mbarrier.arrive(kv_free.index(last_slot))
     b_s4 = in_quads(b_s)
-    b_shift, b_decay, b_new = raise_shift(max_of_thread(b_s4), b_shift, scale_log2)
-    b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift))
-    b_sum4 = b_sum4 * b_decay + sum_of_thread(b_p4)
-    b_acc = rescale(b_acc, b_decay, b_new, layout_acc)
-    return b_acc, b_p4, b_sum4, b_shift, slot, phase
+    b_shift4, b_decay4, b_new4 = raise_shift(max_of_thread(b_s4), b_shift4, scale_log2)
+    b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift4))
+    b_sum4 = b_sum4 * b_decay4 + sum_of_thread(b_p4)
+    b_acc = rescale(b_acc, b_decay4, b_new4)
+    return b_acc, b_p4, b_sum4, b_shift4, slot, phase
 
 
 @gluon.jit  # pragma: no cover
@@ -179,15 +181,15 @@ def attend_partition(
         b_none = gl.zeros([BM, BN], gl.float32, layout_s)
         a_q = resident(q_tile, layout_s, IN_REGISTERS)
         b_s = warpgroup_mma(a_q, k_slots.index(slot).permute((1, 0)), b_none, use_acc=False)
-        b_s = mask_scores(b_s, i_m, i_n, h, BM, BN, CAUSAL, layout_s)
-        b_p4, b_sum4, b_shift = begin_softmax(b_s, scale_log2, layout_s)
+        b_s = mask_scores(b_s, i_m, i_n, h, CAUSAL)
+        b_p4, b_sum4, b_shift4 = begin_softmax(b_s, scale_log2)
         if h - i_n < BN:
             zero_rows_from(v_slots.index(slot), h - i_n, BN, D)
 
         b_acc = gl.zeros([BM, D], gl.float32, layout_acc)
         for _ in range(1, num_tiles):
-            b_acc, b_p4, b_sum4, b_shift, slot, phase = visit_next_tile(
-                b_acc, b_p4, b_sum4, b_shift, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
+            b_acc, b_p4, b_sum4, b_shift4, slot, phase = visit_next_tile(
+                b_acc, b_p4, b_sum4, b_shift4, a_q, k_slots, v_slots, kv_ready, kv_free, slot, phase, scale_log2,
                 BM, BN, D, STAGES, SERIAL,
             )  # fmt: skip
         b_left = gl.convert_layout(from_quads(b_p4, layout_s).to(dtype), layout_p)
@@ -195,7 +197,7 @@ def attend_partition(
 
         row = (bos + i_m).to(gl.int64)
         num_rows = n - i_m
-        b_sum, b_shift = end_softmax(b_sum4, b_shift, layout_acc_row)
+        b_shift, b_sum = end_softmax(b_sum4, b_shift4, layout_acc_row)
         if HAS_TARGETS:  # noqa: SIM102 (known when compiling, the inner one only when running)
             if gl.minimum(BM, num_rows) > h - i_m:
                 i_kv = i_h // HEADS_PER_KV
@@ -309,6 +311,11 @@ CONFIGS: dict[int, tuple[PersistentConfig, ...]] = {
 }
 
 
+def is_serial(head_dim: int, programs_per_sm: int) -> bool:
+    """Whether scores wait for P V: four programs on an SM leave 104 registers a thread, too few for both."""
+    return head_dim == 64 and programs_per_sm > 3
+
+
 launch = Launcher(hopper_persistent_forward_kernel, "num_warps", "maxnreg", "launch_pdl")
 
 
@@ -338,7 +345,7 @@ def launch_persistent_forward(
         (L, num_items, call.scale_log2),
         (
             H, H // k.shape[1], D, BLOCK, config.block_n, ITEM_SLOTS, config.num_stages, call.causal,
-            call.has_targets, config.in_registers, D == 64 and config.programs_per_sm > 3,
+            call.has_targets, config.in_registers, is_serial(D, config.programs_per_sm),
         ),
         (4, registers_of(config.programs_per_sm), True),
     )  # fmt: skip
