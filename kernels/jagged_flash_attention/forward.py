@@ -228,7 +228,7 @@ def launch_forward(
 
     Args:
         q, k, v: `(L, H, D)` and twice `(keys, H // G, D)`, contiguous in the last dimension.
-        tiles: `(entries, 8)`, the tiles of `tile.block_m` queries; see schedule.py.
+        tiles: `(entries, 8)`, the tiles of `tile.block_m` queries; see tile_lists.py.
         call: mask, scale and dropout.
         tile: how to compute it.
         seed: `(1,)` int64, where there is dropout.

@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.jit  # pragma: no cover
 def load_entry(p_tiles, i_entry):
-    """A row of a tile list (see schedule.py): own start, own length, other start, other length, tile, history."""
+    """A row of a tile list (see tile_lists.py): own start, own length, other start, other length, tile, history."""
     p_entry = p_tiles + i_entry.to(tl.int64) * 8
     own_start, own_len = tl.load(p_entry).to(tl.int64), tl.load(p_entry + 1)
     other_start, other_len = tl.load(p_entry + 2).to(tl.int64), tl.load(p_entry + 3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.jagged_flash_attention import schedule
-from kernels.jagged_flash_attention.schedule import make_tile_lists
+from kernels.jagged_flash_attention.tile_lists import make_tile_lists
 from recsys.attention import AttentionBackend, JaggedLayout, MaskSpec, backends
 from tests.attention.cases import (
     MASKS,

@@ -22,7 +22,7 @@ from kernels.jagged_flash_attention import (
     jagged_flash_attention,
     launch,
     op,
-    schedule,
+    tile_lists,
     tuning,
 )
 from kernels.jagged_flash_attention.hopper import items
@@ -63,7 +63,7 @@ def pretend(major: int, minor: int) -> list[CompiledKernel]:
     tuning._compute_capability = lambda device: (major, minor)  # type: ignore[assignment]
     launch._is_watched = lambda kernel: True  # no launch goes past Triton
     items._num_multiprocessors = lambda device: 132  # type: ignore[assignment]
-    for other in (op, schedule):
+    for other in (op, tile_lists):
         other.require_triton = lambda device: None  # type: ignore[attr-defined]
     return compiled
 

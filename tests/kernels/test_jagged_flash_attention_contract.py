@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels.jagged_flash_attention import Schedule, check_offsets, jagged_flash_attention, op, reference_attention
-from kernels.jagged_flash_attention import schedule as schedule_module
+from kernels.jagged_flash_attention import (
+    Schedule,
+    check_offsets,
+    jagged_flash_attention,
+    op,
+    reference_attention,
+    tile_lists,
+)
 from kernels.jagged_flash_attention.launch import MAX_GRID, grid_of
 from tests.kernels.jagged_cases import Case, run, with_gradients
 
@@ -237,7 +243,7 @@ def test_wrong_offsets_touch_no_foreign_memory(
     offsets: list[int], rows_written: int, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     """Values that nobody checked are clamped: a user ends at max_seqlen and at the last row, and never before 0."""
-    monkeypatch.setattr(schedule_module, "checks_values", lambda device: False)
+    monkeypatch.setattr(tile_lists, "checks_values", lambda device: False)
     guard, rows = 64, 50
     around = [torch.full((rows + 2 * guard, 1, 16), float("nan"), device=kernel_device) for _ in range(4)]
     q, k, v, dout = (x[guard : guard + rows].normal_() for x in around)
@@ -258,7 +264,7 @@ def test_wrong_key_offsets_touch_no_foreign_memory(
     monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     """Likewise: of 50 keys, here called 10^9, the first 20 are seen, because max_key_seqlen says so."""
-    monkeypatch.setattr(schedule_module, "checks_values", lambda device: False)
+    monkeypatch.setattr(tile_lists, "checks_values", lambda device: False)
     guard, rows = 64, 50
     around = [torch.full((rows + 2 * guard, 1, 16), float("nan"), device=kernel_device) for _ in range(2)]
     k, v = (x[guard : guard + rows].normal_() for x in around)

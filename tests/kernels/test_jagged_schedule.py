@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.jagged_flash_attention import schedule
-from kernels.jagged_flash_attention.schedule import Schedule, make_tile_lists, tile_capacity
+from kernels.jagged_flash_attention import schedule, tile_lists
+from kernels.jagged_flash_attention.schedule import Schedule
+from kernels.jagged_flash_attention.tile_lists import make_tile_lists, tile_capacity
 from tests.kernels.jagged_cases import LENGTHS
 
 RNG = random.Random(0)
@@ -112,8 +113,8 @@ def test_large_batches_in_small(
     lengths = [min(n, 250) for n in BATCHES[name]]
     made = make_schedule(lengths, kernel_device, slack=200)
     for limit, value in limits.items():
-        monkeypatch.setattr(schedule, limit, value)
-    monkeypatch.setattr(schedule, "_program_shape", schedule._program_shape.__wrapped__)  # nothing remembered
+        monkeypatch.setattr(tile_lists, limit, value)
+    monkeypatch.setattr(tile_lists, "_program_shape", tile_lists._program_shape.__wrapped__)  # nothing remembered
     assert_lists_follow_model(made, [16], lengths)
 
 

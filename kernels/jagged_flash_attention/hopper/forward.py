@@ -323,7 +323,7 @@ def launch_hopper_forward(
     Args:
         q: `(L, H, D)`, see `common.supports`; like k and v as TMA can read it (`common.readable_by_tma`).
         k, v: `(L, H / G, D)`; query head i attends to key head i // G.
-        tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see schedule.py.
+        tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see tile_lists.py.
         call: mask and scale.
         config: how to compute it.
     """

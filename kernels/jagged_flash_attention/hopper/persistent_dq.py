@@ -371,7 +371,7 @@ def launch_persistent_dq(
     Args:
         dout: `(L, H, D)` in q's dtype; q, k, v, out, lse: as the forward took and gave them. All but out and lse as
             TMA can read them (`common.readable_by_tma`).
-        query_tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see schedule.py. Not to be used on two streams at
+        query_tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see tile_lists.py. Not to be used on two streams at
             once.
         dq: `(L, H, D)`, contiguous, in q's dtype.
         delta: `(H, L)` float32, contiguous.

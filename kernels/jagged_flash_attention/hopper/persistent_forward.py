@@ -327,7 +327,7 @@ def launch_persistent_forward(
     Args:
         q: `(L, H, D)`, see `common.supports`; like k and v as TMA can read it (`common.readable_by_tma`).
         k, v: `(L, H / G, D)`; query head i attends to key head i // G.
-        tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see schedule.py. Not to be used on two streams at once.
+        tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see tile_lists.py. Not to be used on two streams at once.
         call: mask and scale.
         config: how to compute it.
     """
