@@ -47,14 +47,11 @@ from kernels.jagged_flash_attention.hopper.softmax import (
     begin_softmax,
     end_softmax,
     from_quads,
-    in_quads,
     log2,
     mask_scores,
-    max_of_thread,
-    raise_shift,
+    next_probabilities,
     reciprocal,
     rescale,
-    spread,
     sum_of_thread,
 )
 from kernels.jagged_flash_attention.launch import Call, Launcher, check_fields, grid_of
@@ -165,9 +162,7 @@ def attend_partition(
         b_acc = warpgroup_mma(b_p, v_slots.index(v_slot), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         mbarrier.arrive(k_free.index(slot))
-        b_s4 = in_quads(b_s)
-        b_shift4, b_decay4, b_new4 = raise_shift(max_of_thread(b_s4), b_shift4, scale_log2)
-        b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift4))
+        b_p4, b_shift4, b_decay4, b_new4 = next_probabilities(b_s, b_shift4, scale_log2)
         b_sum4 = b_sum4 * b_decay4 + pin(sum_of_thread(b_p4))
         b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
         mbarrier.arrive(v_free.index(v_slot))

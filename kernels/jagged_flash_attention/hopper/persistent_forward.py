@@ -51,14 +51,11 @@ from kernels.jagged_flash_attention.hopper.softmax import (
     begin_softmax,
     end_softmax,
     from_quads,
-    in_quads,
     log2,
     mask_scores,
-    max_of_thread,
-    raise_shift,
+    next_probabilities,
     reciprocal,
     rescale,
-    spread,
     sum_of_thread,
 )
 from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
@@ -137,9 +134,7 @@ def visit_next_tile(
     else:
         b_acc, b_s, b_left = warpgroup_mma_wait(0, deps=[b_acc, b_s, b_left])
         mbarrier.arrive(kv_free.index(last_slot))
-    b_s4 = in_quads(b_s)
-    b_shift4, b_decay4, b_new4 = raise_shift(max_of_thread(b_s4), b_shift4, scale_log2)
-    b_p4 = gl.exp2(b_s4 * scale_log2 - spread(b_shift4))
+    b_p4, b_shift4, b_decay4, b_new4 = next_probabilities(b_s, b_shift4, scale_log2)
     b_sum4 = b_sum4 * b_decay4 + sum_of_thread(b_p4)
     b_acc = rescale(b_acc, b_decay4, b_new4)
     return b_acc, b_p4, b_sum4, b_shift4, slot, phase

@@ -142,6 +142,14 @@ def raise_shift(b_top4, b_shift4, scale_log2):
     )  # fmt: skip
 
 
+@gluon.jit  # pragma: no cover
+def next_probabilities(b_s, b_shift4, scale_log2):
+    """Of a further tile: probabilities in quads, new shift, and what `raise_shift` says of the old ones."""
+    b_s4 = in_quads(b_s)
+    b_shift4, b_decay4, b_new4 = raise_shift(max_of_thread(b_s4), b_shift4, scale_log2)
+    return gl.exp2(b_s4 * scale_log2 - spread(b_shift4)), b_shift4, b_decay4, b_new4
+
+
 def _rescaling(num: int) -> tuple[str, str]:
     """Assembly and constraints: num accumulators times their decays, if the first flag is set."""
     products = "".join(f"mul.f32 ${i}, ${i}, ${2 * num + i}; " for i in range(num))
