@@ -62,7 +62,7 @@ def load_queries_partition(
     Log-sum-exp and delta can't come by TMA, which takes numbers from multiples of 16 bytes on, and a user begins
     anywhere: every lane copies its own in the background, and arrives on the barrier when they are there.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1], [LANES], [1], [0])
     desc_q, desc_g, desc_k, desc_v = descs
     q_slots, g_slots, k_slots, v_slots, lse_slots, delta_slots = slots
     kv_ready, ready, free = barriers
