@@ -18,15 +18,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from kernels.jagged_flash_attention.hopper import dkv, dq, forward, persistent_dkv, persistent_dq, persistent_forward
 from kernels.jagged_flash_attention.hopper.common import GLUON_DTYPES
-from kernels.jagged_flash_attention.hopper.dq import BackwardConfig
-from kernels.jagged_flash_attention.hopper.forward import ForwardConfig
-from kernels.jagged_flash_attention.hopper.items import ITEM_SLOTS, PersistentConfig
+from kernels.jagged_flash_attention.hopper.items import ITEM_SLOTS
+from kernels.jagged_flash_attention.hopper.one_group import dkv as one_group_dkv
+from kernels.jagged_flash_attention.hopper.one_group import dq as one_group_dq
+from kernels.jagged_flash_attention.hopper.one_group import forward as one_group_forward
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
+from kernels.jagged_flash_attention.hopper.two_groups import dkv as two_groups_dkv
+from kernels.jagged_flash_attention.hopper.two_groups import dq as two_groups_dq
+from kernels.jagged_flash_attention.hopper.two_groups import forward as two_groups_forward
+from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupBackwardConfig, TwoGroupForwardConfig
 from kernels.jagged_flash_attention.tuning import Tile, Tiles
 
 KERNELS = ("forward", "dq", "dkv", "short", "hopper_forward", "hopper_dq", "hopper_dkv")
-OfHopper = ForwardConfig | BackwardConfig | PersistentConfig
+OfHopper = TwoGroupForwardConfig | TwoGroupBackwardConfig | OneGroupConfig
 Candidate = Tile | OfHopper
 Sizes = tuple[int, int, int, int]  # block_m, block_n, warps, stages
 
@@ -60,9 +65,9 @@ TENSOR_CORE_TILES: dict[str, dict[int, tuple[Sequence[Sizes], Sequence[int]]]] =
 
 # The kernels written for Hopper come with lists of their own, by head dim.
 HOPPER_CONFIGS: dict[str, Mapping[int, Sequence[OfHopper]]] = {
-    "hopper_forward": {**persistent_forward.CONFIGS, **forward.CONFIGS},
-    "hopper_dq": {**persistent_dq.CONFIGS, **dq.CONFIGS},
-    "hopper_dkv": {**persistent_dkv.CONFIGS, **dkv.CONFIGS},
+    "hopper_forward": {**one_group_forward.CONFIGS, **two_groups_forward.CONFIGS},
+    "hopper_dq": {**one_group_dq.CONFIGS, **two_groups_dq.CONFIGS},
+    "hopper_dkv": {**one_group_dkv.CONFIGS, **two_groups_dkv.CONFIGS},
 }
 
 # float32 is multiplied without tensor cores, and operands' rows live in registers: small tiles, more warps.
@@ -110,13 +115,15 @@ def shared_memory(kernel: str, candidate: Candidate, head_dim: int, dtype: torch
     The compiler may need more; then it says so, and the candidate is left out later.
     """
     row = head_dim * dtype.itemsize
-    if isinstance(candidate, PersistentConfig):  # rows of q, dout and out; of k and v; of q, k, v and dout
-        stay = {"hopper_forward": ITEM_SLOTS, "hopper_dq": 2 * ITEM_SLOTS + 1, "hopper_dkv": 2 * ITEM_SLOTS}[kernel]
+    items = ITEM_SLOTS.value
+    if isinstance(candidate, OneGroupConfig):  # rows of q, dout and out; of k and v; of q, k, v and dout
+        stay = {"hopper_forward": items, "hopper_dq": 2 * items + 1, "hopper_dkv": 2 * items}[kernel]
         return (stay * candidate.block + 2 * candidate.block_n * candidate.num_stages) * row
-    if isinstance(candidate, ForwardConfig):
-        return (candidate.block + 2 * candidate.block_n * candidate.num_stages) * row
-    if isinstance(candidate, BackwardConfig):
-        return 2 * (candidate.block + candidate.block // 2 * candidate.num_stages) * row
+    if isinstance(candidate, TwoGroupForwardConfig):
+        return (items * candidate.block + 2 * candidate.block_n * candidate.num_stages) * row
+    if isinstance(candidate, TwoGroupBackwardConfig):
+        stay = {"hopper_dq": 3, "hopper_dkv": 2 * items}[kernel]
+        return (stay * candidate.block + candidate.block * candidate.num_stages) * row
     if kernel == "forward":  # keys and values are streamed, queries may be in registers
         return 2 * candidate.block_n * candidate.num_stages * row
     if kernel == "dq":  # queries and dout stay
@@ -131,13 +138,13 @@ def describe(candidate: Candidate | None) -> str:
     """In a word or two, for tables: `64x32 w4 s3 tma r96` has 4 warps, 3 stages and at most 96 registers."""
     if candidate is None:
         return "none"
-    if isinstance(candidate, PersistentConfig):
-        text = f"persistent n{candidate.block_n} s{candidate.num_stages} p{candidate.programs_per_sm}"
+    if isinstance(candidate, OneGroupConfig):
+        text = f"one group n{candidate.block_n} s{candidate.num_stages} p{candidate.programs_per_sm}"
         return text + (" in registers" if candidate.in_registers else "")
-    if isinstance(candidate, ForwardConfig):
-        return f"hopper n{candidate.block_n} s{candidate.num_stages}"
-    if isinstance(candidate, BackwardConfig):
-        return f"hopper s{candidate.num_stages}"
+    if isinstance(candidate, TwoGroupForwardConfig):
+        return f"two groups n{candidate.block_n} s{candidate.num_stages}"
+    if isinstance(candidate, TwoGroupBackwardConfig):
+        return f"two groups s{candidate.num_stages}"
     text = f"{candidate.block_m}x{candidate.block_n} w{candidate.num_warps} s{candidate.num_stages}"
     text += (" tma" if candidate.tma else "") + ("" if candidate.split else " one loop")
     return text + (f" r{candidate.max_registers}" if candidate.max_registers else "")

@@ -19,9 +19,10 @@ from benchmarks.attention.shapes import Batch, Shape
 from benchmarks.attention.timing import copies_past_cache
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.forward import launch_forward
-from kernels.jagged_flash_attention.hopper.forward import ForwardConfig, launch_hopper_forward
-from kernels.jagged_flash_attention.hopper.items import PersistentConfig
-from kernels.jagged_flash_attention.hopper.persistent_forward import launch_persistent_forward
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
+from kernels.jagged_flash_attention.hopper.one_group.forward import launch_one_group_forward
+from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupForwardConfig
+from kernels.jagged_flash_attention.hopper.two_groups.forward import launch_two_group_forward
 from kernels.jagged_flash_attention.launch import Call
 from kernels.jagged_flash_attention.schedule import ListSpec, Schedule
 from kernels.jagged_flash_attention.tuning import Tile, Tiles
@@ -92,11 +93,11 @@ class Bench:
         """
         i %= len(self.inputs)
         if kernel == "hopper_forward":
-            assert isinstance(candidate, ForwardConfig | PersistentConfig)
+            assert isinstance(candidate, TwoGroupForwardConfig | OneGroupConfig)
             (tiles,) = self.schedule.query_tiles([candidate.block], self.call.causal)
-            if isinstance(candidate, PersistentConfig):
-                return launch_persistent_forward(*self.inputs[i][:3], tiles, self.call, candidate)
-            return launch_hopper_forward(*self.inputs[i][:3], tiles, self.call, candidate)
+            if isinstance(candidate, OneGroupConfig):
+                return launch_one_group_forward(*self.inputs[i][:3], tiles, self.call, candidate)
+            return launch_two_group_forward(*self.inputs[i][:3], tiles, self.call, candidate)
         if kernel == "forward":
             assert isinstance(candidate, Tile)
             return self.run_forward(candidate, i)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from kernels.jagged_flash_attention.backward_short import launch_short_users
 from kernels.jagged_flash_attention.hopper.common import readable_by_tma
-from kernels.jagged_flash_attention.hopper.dkv import launch_hopper_dkv
-from kernels.jagged_flash_attention.hopper.dq import launch_hopper_dq
-from kernels.jagged_flash_attention.hopper.items import PersistentConfig
-from kernels.jagged_flash_attention.hopper.persistent_dkv import launch_persistent_dkv
-from kernels.jagged_flash_attention.hopper.persistent_dq import launch_persistent_dq
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
+from kernels.jagged_flash_attention.hopper.one_group.dkv import launch_one_group_dkv
+from kernels.jagged_flash_attention.hopper.one_group.dq import launch_one_group_dq
+from kernels.jagged_flash_attention.hopper.two_groups.dkv import launch_two_group_dkv
+from kernels.jagged_flash_attention.hopper.two_groups.dq import launch_two_group_dq
 from kernels.jagged_flash_attention.launch import Call, Launcher, descriptors, grid_of, next_power_of_2
 from kernels.jagged_flash_attention.tiles import (
     is_kept,
@@ -455,10 +455,10 @@ def launch_backward(
     numbers = (L, call.window or 0, call.scale, call.scale_log2, call.drop_below, call.keep_scale)
     block_d = next_power_of_2(D)
     seed_or_any = query_tiles if seed is None else seed
-    if isinstance(for_dq, PersistentConfig):
-        launch_persistent_dq(dout, q, k, v, out, lse, query_tiles, dq, delta, call, for_dq)
+    if isinstance(for_dq, OneGroupConfig):
+        launch_one_group_dq(dout, q, k, v, out, lse, query_tiles, dq, delta, call, for_dq)
     elif for_dq is not None:
-        launch_hopper_dq(dout, q, k, v, out, lse, query_tiles, dq, delta, call, for_dq)
+        launch_two_group_dq(dout, q, k, v, out, lse, query_tiles, dq, delta, call, for_dq)
     elif query_tiles.shape[0] > 0:
         tile = tiles.dq
         desc_k, desc_v = descriptors(k, v, block=tile.block_n, wanted=tile.tma)
@@ -471,10 +471,10 @@ def launch_backward(
             (H, H // Hk, D, tile.block_m, tile.block_n, block_d, *call.constants, desc_k is not None, tile.split),
             (tile.num_warps, tile.num_stages, tile.max_registers),
         )
-    if isinstance(for_dkv, PersistentConfig):
-        launch_persistent_dkv(dout, q, k, v, lse, delta, key_tiles, dk, dv, call, for_dkv)
+    if isinstance(for_dkv, OneGroupConfig):
+        launch_one_group_dkv(dout, q, k, v, lse, delta, key_tiles, dk, dv, call, for_dkv)
     elif for_dkv is not None:
-        launch_hopper_dkv(dout, q, k, v, lse, delta, key_tiles, dk, dv, call, for_dkv)
+        launch_two_group_dkv(dout, q, k, v, lse, delta, key_tiles, dk, dv, call, for_dkv)
     elif key_tiles.shape[0] > 0:
         tile = tiles.dkv
         desc_q, desc_dout = descriptors(q, dout, block=tile.block_m, wanted=tile.tma)

@@ -15,9 +15,9 @@ from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.checks import check_inputs, check_options, check_schedule
 from kernels.jagged_flash_attention.forward import launch_forward
 from kernels.jagged_flash_attention.hopper.common import readable_by_tma, supports
-from kernels.jagged_flash_attention.hopper.forward import launch_hopper_forward
-from kernels.jagged_flash_attention.hopper.items import PersistentConfig
-from kernels.jagged_flash_attention.hopper.persistent_forward import launch_persistent_forward
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
+from kernels.jagged_flash_attention.hopper.one_group.forward import launch_one_group_forward
+from kernels.jagged_flash_attention.hopper.two_groups.forward import launch_two_group_forward
 from kernels.jagged_flash_attention.launch import INTERPRETED, Call, is_traced, readable_in_place, require_triton
 from kernels.jagged_flash_attention.schedule import ListSpec, Schedule, make_lists, training_specs
 from kernels.jagged_flash_attention.tuning import Tiles, choose_tiles
@@ -220,10 +220,10 @@ def _run_forward(
     """Output and log-sum-exp."""
     call, tiles = plan.call, plan.tiles
     config = tiles.hopper_forward if plan.for_hopper else None
-    if isinstance(config, PersistentConfig):
-        return launch_persistent_forward(q, k, v, query_tiles, call, config)
+    if isinstance(config, OneGroupConfig):
+        return launch_one_group_forward(q, k, v, query_tiles, call, config)
     if config is not None:
-        return launch_hopper_forward(q, k, v, query_tiles, call, config)
+        return launch_two_group_forward(q, k, v, query_tiles, call, config)
     dtype = q.dtype
     if INTERPRETED:
         q, k, v = map(_interpretable, (q, k, v))

@@ -28,9 +28,8 @@ from typing import Any
 import torch
 import triton
 
-from kernels.jagged_flash_attention.hopper.dq import BackwardConfig
-from kernels.jagged_flash_attention.hopper.forward import ForwardConfig
-from kernels.jagged_flash_attention.hopper.items import PersistentConfig
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
+from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupBackwardConfig, TwoGroupForwardConfig
 from kernels.jagged_flash_attention.launch import INTERPRETED, check_fields, is_traced, listed
 
 PADDED_HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -81,13 +80,13 @@ class Tiles:
     short: Tile | None = None
     """Users of at most block_m tokens have their backward in one pass; None: there is no such pass."""
 
-    hopper_forward: ForwardConfig | PersistentConfig | None = None
+    hopper_forward: TwoGroupForwardConfig | OneGroupConfig | None = None
     """The forward written for Hopper is used instead of `forward`, where it can do the call."""
 
-    hopper_dq: BackwardConfig | PersistentConfig | None = None
+    hopper_dq: TwoGroupBackwardConfig | OneGroupConfig | None = None
     """The same of `dq`."""
 
-    hopper_dkv: BackwardConfig | PersistentConfig | None = None
+    hopper_dkv: TwoGroupBackwardConfig | OneGroupConfig | None = None
     """The same of `dkv`."""
 
 
@@ -108,41 +107,48 @@ class Row:
 # The first row that serves a call counts.
 TileTable = Sequence[Row]
 
-# Head dims 32 and 64 by programs that stay, where these can do the call; 128 by programs of two groups for each tile.
-# The tiles beside them serve windows, dropout and cross attention. Measured at mean lengths of 50 to 4096. For tiles:
+# Head dims 32 and 64 by programs of one group, 128 of two, where these can do the call; the tiles beside them serve
+# windows, dropout and cross attention. Measured at mean lengths of 50 to 4096. For tiles:
 # short users want many small programs on a multiprocessor (few registers, few stages), long ones loads by the copy
 # engine, two or three stages ahead.
 HOPPER_16BIT: TileTable = (
     Row(32, None, None, Tiles(
         forward=Tile(32, 32, 2, 2, max_registers=64), dkv=Tile(32, 64, 4, 1, max_registers=96),
         dq=Tile(64, 32, 4, 3, tma=True), short=Tile(32, 32, 2, 1),
-        hopper_forward=PersistentConfig(4, 4), hopper_dq=PersistentConfig(4, 3), hopper_dkv=PersistentConfig(6, 3),
+        hopper_forward=OneGroupConfig(4, 4), hopper_dq=OneGroupConfig(4, 3), hopper_dkv=OneGroupConfig(6, 3),
     )),
     Row(64, 1024, None, Tiles(
         forward=Tile(64, 32, 4, 3, max_registers=80), dkv=Tile(32, 64, 4, 1),
         dq=Tile(64, 32, 4, 3, tma=True, max_registers=96),
-        hopper_forward=PersistentConfig(3, 3),
-        hopper_dq=PersistentConfig(4, 2, in_registers=True), hopper_dkv=PersistentConfig(4, 2, in_registers=True),
+        hopper_forward=OneGroupConfig(3, 3),
+        hopper_dq=OneGroupConfig(4, 2, in_registers=True), hopper_dkv=OneGroupConfig(4, 2, in_registers=True),
     )),
     Row(64, 4096, True, Tiles(
         forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 2, tma=True, max_registers=128),
         dq=Tile(64, 64, 4, 3, tma=True),
-        hopper_forward=PersistentConfig(3, 3),
-        hopper_dq=PersistentConfig(4, 2, in_registers=True), hopper_dkv=PersistentConfig(4, 2, in_registers=True),
+        hopper_forward=OneGroupConfig(3, 3),
+        hopper_dq=OneGroupConfig(4, 2, in_registers=True), hopper_dkv=OneGroupConfig(4, 2, in_registers=True),
     )),
     Row(64, None, None, Tiles(
         forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 2, tma=True, max_registers=128),
         dq=Tile(64, 64, 4, 3, tma=True),
-        hopper_forward=PersistentConfig(2, 4),
-        hopper_dq=PersistentConfig(4, 2, in_registers=True), hopper_dkv=PersistentConfig(4, 2, in_registers=True),
+        hopper_forward=OneGroupConfig(2, 4),
+        hopper_dq=OneGroupConfig(4, 2, in_registers=True), hopper_dkv=OneGroupConfig(4, 2, in_registers=True),
     )),
     Row(128, 512, None, Tiles(
         forward=Tile(64, 64, 4, 2), dkv=Tile(32, 64, 4, 2, tma=True), dq=Tile(64, 64, 4, 2, tma=True),
+        hopper_forward=TwoGroupForwardConfig(block_n=64, num_stages=4),
+        hopper_dq=TwoGroupBackwardConfig(3), hopper_dkv=TwoGroupBackwardConfig(3),
+    )),
+    Row(128, 2048, None, Tiles(
+        forward=Tile(64, 64, 4, 3, tma=True), dkv=Tile(32, 64, 4, 2, tma=True), dq=Tile(64, 64, 4, 2, tma=True),
+        hopper_forward=TwoGroupForwardConfig(block_n=64, num_stages=4),
+        hopper_dq=TwoGroupBackwardConfig(3), hopper_dkv=TwoGroupBackwardConfig(3),
     )),
     Row(128, None, None, Tiles(
         forward=Tile(64, 64, 4, 3, tma=True), dkv=Tile(32, 64, 4, 2, tma=True), dq=Tile(64, 64, 4, 2, tma=True),
-        hopper_forward=ForwardConfig(block_n=128, num_stages=2),
-        hopper_dq=BackwardConfig(3), hopper_dkv=BackwardConfig(4),
+        hopper_forward=TwoGroupForwardConfig(block_n=128, num_stages=2),
+        hopper_dq=TwoGroupBackwardConfig(3), hopper_dkv=TwoGroupBackwardConfig(3),
     )),
     Row(256, None, None, Tiles(forward=Tile(64, 32, 4, 2), dkv=Tile(32, 64, 8, 1), dq=Tile(64, 32, 8, 1))),
 )  # fmt: skip

@@ -17,8 +17,8 @@ from benchmarks.attention import kernel_bench, soak, tune
 from benchmarks.attention.candidates import KERNELS, Candidate, candidates, describe, shared_memory
 from benchmarks.attention.kernel_bench import Bench, Setting, disagreement, replace_tile
 from benchmarks.attention.tune import Job, Tuner, choose, find_output, merge_rows, parse_options, tune_all
-from kernels.jagged_flash_attention.hopper.forward import ForwardConfig
-from kernels.jagged_flash_attention.hopper.items import PersistentConfig
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
+from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupForwardConfig
 from kernels.jagged_flash_attention.tuning import (
     FILE_VARIABLE,
     PADDED_HEAD_DIMS,
@@ -118,7 +118,7 @@ def test_the_table_stays_unless_another_is_clearly_faster(time: float, chosen: T
 
 
 def test_the_hopper_forward_is_chosen_beside_a_tile() -> None:
-    config = ForwardConfig(block_n=64, num_stages=4)
+    config = TwoGroupForwardConfig(block_n=64, num_stages=4)
     times = {("forward", A, 0): 100.0, ("forward", B, 0): 90.0, ("hopper_forward", config, 0): 80.0, **BACKWARD}
     assert choose_by(TABLE, times) == dataclasses.replace(TABLE, forward=B, hopper_forward=config)
     with_config = dataclasses.replace(TABLE, hopper_forward=config)
@@ -146,7 +146,7 @@ def test_the_backward_is_chosen_as_a_whole() -> None:
 
 def test_the_hopper_backward_is_chosen_kernel_by_kernel() -> None:
     """Beside a tile that is the best of those where the same users are short."""
-    config = PersistentConfig(num_stages=3, programs_per_sm=2)
+    config = OneGroupConfig(num_stages=3, programs_per_sm=2)
     times = {
         ("forward", A, 0): 1.0,
         **{("dq", A, 0): 10.0, ("dq", B, 0): 12.0, ("dq", A, 16): 9.0, ("dq", B, 16): 8.0},

@@ -107,7 +107,6 @@ def described(kernel: CompiledKernel) -> list[str]:
     name, ptx = kernel.metadata.name, kernel.asm["ptx"]
     has = {mark: mark in ptx for mark in MARKS}
     has["launch_pdl"] = kernel.metadata.launch_pdl
-    has[f"{WAIT} before it loads"] = WAIT in ptx and ptx.index(WAIT) < ptx.index("ld.global")
     has[f"{ptx.count('vote.sync.any')} votes"] = "vote.sync.any" in ptx
     return [name, *[f"{name} {mark}" for mark in has if has[mark]]]
 

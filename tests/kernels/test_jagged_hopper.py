@@ -13,7 +13,7 @@ from triton import knobs
 
 from benchmarks.attention.candidates import HOPPER_CONFIGS
 from kernels.jagged_flash_attention import jagged_flash_attention, op
-from kernels.jagged_flash_attention.hopper.items import PersistentConfig
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.schedule import Schedule
 from kernels.jagged_flash_attention.tuning import choose_tiles
 from tests.kernels.jagged_cases import LAYOUTS, Case, assert_kernel_matches_reference, with_gradients
@@ -85,8 +85,8 @@ def test_masks(
     with launched() as names:
         assert_kernel_matches_reference(case, device)
     for kernel, config in kernels.items():
-        kind = "persistent_" if isinstance(config, PersistentConfig) else ""
-        assert f"hopper_{kind}{kernel.removeprefix('hopper_')}_kernel" in names
+        kind = "one_group" if isinstance(config, OneGroupConfig) else "two_group"
+        assert f"hopper_{kind}_{kernel.removeprefix('hopper_')}_kernel" in names
 
 
 @pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
@@ -188,20 +188,34 @@ def test_rows_of_a_warp_do_not_meddle(
     assert torch.equal(actual[~changed], expected[~changed])
 
 
-@pytest.mark.parametrize("programs_per_sm", [1, 2])
+ONE_GROUP = {
+    programs: dict.fromkeys(("hopper_forward", "hopper_dq", "hopper_dkv"), OneGroupConfig(3, programs))
+    for programs in (1, 2)
+}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kernels"),
+    [
+        pytest.param(64, ONE_GROUP[1], id="one group"),
+        pytest.param(64, ONE_GROUP[2], id="one group, two programs an SM"),
+        pytest.param(128, first_configs(128), id="two groups"),
+    ],
+)
 @pytest.mark.parametrize("num_users", [1, 900], ids=["fewer items than programs", "more items than programs"])
-def test_programs_that_stay_leave_the_lists_as_they_were(
-    num_users: int, programs_per_sm: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+def test_programs_leave_the_lists_as_they_were(
+    num_users: int, head_dim: int, kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """They count in a spare field what they have done: a list has to serve again, also in a graph."""
-    config = PersistentConfig(3, programs_per_sm)
-    use(monkeypatch, {"hopper_forward": config, "hopper_dq": config, "hopper_dkv": config})
+    use(monkeypatch, kernels)
+    block = kernels["hopper_forward"].block
     generator = torch.Generator().manual_seed(0)
-    case = Case(torch.randint(0, 300, (num_users,), generator=generator).tolist(), head_dim=64, dtype=torch.bfloat16)
+    lengths = torch.randint(0, 300, (num_users,), generator=generator).tolist()
+    case = Case(lengths, head_dim=head_dim, dtype=torch.bfloat16)
     *qkv, dout = case.make_qkvg(device)
     offsets = case.make_offsets(device)
     schedule = Schedule(offsets, qkv[0].shape[0], case.max_seqlen)
-    lists = schedule.for_training(64, 64, 64, 0, True)
+    lists = schedule.for_training(block, block, block, 0, True)
     before = [tiles.clone() for tiles in lists]
 
     def attend(schedule: Schedule | None = schedule) -> dict[str, torch.Tensor]:
@@ -262,9 +276,12 @@ def test_forward_waits_for_its_lists(
     assert wrong.item() == 0
 
 
-def test_one_schedule_on_two_streams_at_once(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    use(monkeypatch, first_configs(64))
-    case = Case([250] * 400, head_dim=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_schedule_on_two_streams_at_once(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    use(monkeypatch, first_configs(head_dim))
+    case = Case([250] * 400, head_dim=head_dim, dtype=torch.bfloat16)
     *qkv, dout = case.make_qkvg(device)
     offsets = case.make_offsets(device)
     schedule = Schedule(offsets, qkv[0].shape[0], case.max_seqlen)

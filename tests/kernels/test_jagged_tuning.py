@@ -17,9 +17,8 @@ from torch import Tensor
 
 from benchmarks.attention.candidates import HOPPER_CONFIGS
 from kernels.jagged_flash_attention import tuning
-from kernels.jagged_flash_attention.hopper.dq import BackwardConfig
-from kernels.jagged_flash_attention.hopper.forward import ForwardConfig
-from kernels.jagged_flash_attention.hopper.items import PersistentConfig
+from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
+from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupBackwardConfig, TwoGroupForwardConfig
 from kernels.jagged_flash_attention.tuning import Machine, Tile, Tiles, TunedRow, read_tuning, write_tuning
 
 CUDA = torch.device("cuda", 0)
@@ -29,12 +28,12 @@ TILES = Tiles(
     dkv=Tile(16, 32, 1, 1),
     dq=Tile(32, 16, 2, 1),
     short=Tile(64, 64, 4, 1),
-    hopper_forward=ForwardConfig(block_n=64, num_stages=4),
-    hopper_dq=BackwardConfig(3),
-    hopper_dkv=BackwardConfig(3),
+    hopper_forward=TwoGroupForwardConfig(block_n=64, num_stages=4),
+    hopper_dq=TwoGroupBackwardConfig(3),
+    hopper_dkv=TwoGroupBackwardConfig(3),
 )
 OTHERS = Tiles(forward=Tile(16, 16, 1, 1), dkv=Tile(16, 16, 1, 1), dq=Tile(16, 16, 1, 1))
-PERSISTENT = replace(OTHERS, hopper_forward=PersistentConfig(3, 2, block_n=128), hopper_dkv=PersistentConfig(4, 2))
+PERSISTENT = replace(OTHERS, hopper_forward=OneGroupConfig(3, 2, block_n=128), hopper_dkv=OneGroupConfig(4, 2))
 ROWS = (
     TunedRow(torch.bfloat16, 64, 512, True, TILES),
     TunedRow(torch.bfloat16, 64, 2048, True, PERSISTENT),
@@ -226,10 +225,10 @@ def changed(**changes: Any) -> str:
         (changed(forward={"max_registers": 7}), "max_registers=7"),
         (
             changed(tiles={"hopper_forward": {"num_stages": 1, "programs_per_sm": 2}}),
-            "that stay with num_stages=1; allowed",
+            "of one group with num_stages=1; allowed",
         ),
         (changed(tiles={"hopper_forward": {"num_stages": 2, "block_n": 32}}), "block_n=32; allowed are 64, 128"),
-        (changed(tiles={"hopper_dq": {"num_stages": 1}}), "a backward for Hopper with num_stages=1"),
+        (changed(tiles={"hopper_dq": {"num_stages": 1}}), "a backward of two groups with num_stages=1"),
         (changed(rows=json.loads(changed())["rows"] * 2), "expected one row per .*; found two"),
         ("[]", "expected the fields .* found list"),
         ("{", "Expecting"),

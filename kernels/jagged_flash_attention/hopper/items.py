@@ -1,25 +1,24 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Programs that stay: as many as fit on the GPU take items of a tile list, one after the other.
 
-A program of its own for every tile would spend most of a short user's time on waiting: for its row of the tile list,
-its rows, its successor. Here an item is a tile of 64 rows and a head, and the longest users come first. The warps of a
-program take two parts:
+A program of its own for every tile would wait at its start, for its row of the tile list and for the first rows, and at
+its end, while tensor cores have nothing to do. Here an item is a row of the tile list and a head, the longest users
+come first, and the warps of a program take parts:
 
 - one warp loads, by TMA into rings of slots, and runs ahead into the items to come as far as there are slots. What it
   knows of an item it passes on in shared memory;
-- one group of four warps computes, with asynchronous matrix products (wgmma). Several programs share a multiprocessor,
-  so that one computes while another waits.
+- groups of four warps compute, with asynchronous matrix products (wgmma). In one_group/ there is one of them, for 64
+  rows, and several programs share a multiprocessor, so that one computes while another waits. In two_groups/ a program
+  has a multiprocessor to itself, and two groups, which take 64 of an item's 128 rows each.
 
-The first two items of a program follow from its index, further ones it draws from a counter, so that all programs end
-at about the same time. Who computes an item has no influence on the result. The counter is a spare field of the tile
-list, zero before and after.
+The first items of a program follow from its index, further ones it draws from a counter, so that all programs end at
+about the same time. Who computes an item has no influence on the result. The counter is a spare field of the tile list,
+zero before and after.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,13 +26,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.jagged_flash_attention.launch import check_fields
-
-BLOCK = 64  # rows of an item: of a tile of the tile list
-ITEM_SLOTS = 2  # items that are on the chip
-NUM_FIELDS = gl.constexpr(
-    8
-)  # of an item in shared memory: head, first row, rows, first row of the tile, history keys, ...
+ITEM_SLOTS = gl.constexpr(2)  # items that are on the chip
+# Of an item in shared memory: head, first row, rows, first row of the tile, history keys, ...
+NUM_FIELDS = gl.constexpr(8)
 COUNTER = gl.constexpr(7)  # field of the tile list's first row: items drawn; of the second row: programs done
 
 
@@ -50,9 +45,9 @@ def load_item(p_tiles, i_item, num_items, H: gl.constexpr, BM: gl.constexpr):
 
 
 @gluon.jit  # pragma: no cover
-def draw(p_tiles, num_items):
-    """The next item that nobody has; the first two of every program are given."""
-    num_given = 2 * gl.num_programs(0)
+def draw(p_tiles, num_items, GIVEN: gl.constexpr):
+    """The next item that nobody has; the first GIVEN of every program are its own."""
+    num_given = GIVEN * gl.num_programs(0)
     i_item = num_items
     if num_given < num_items:
         i_item = num_given + gl.atomic_add(p_tiles + COUNTER, 1, sem="relaxed")
@@ -92,41 +87,12 @@ def load_keys_with_values(desc_k, desc_v, row, column_k, column_v, k_slots, v_sl
 
 
 @gluon.jit  # pragma: no cover
-def leave(p_tiles, num_items):
+def leave(p_tiles, num_items, GIVEN: gl.constexpr):
     """Whoever is the last leaves the counters as they were."""
-    if 2 * gl.num_programs(0) < num_items:  # noqa: SIM102 (only then there are counters)
+    if GIVEN * gl.num_programs(0) < num_items:  # noqa: SIM102 (only then there are counters)
         if gl.atomic_add(p_tiles + 8 + COUNTER, 1) == gl.num_programs(0) - 1:  # nobody will draw again
             gl.store(p_tiles + COUNTER, 0)
             gl.store(p_tiles + 8 + COUNTER, 0)
-
-
-@dataclass(frozen=True)
-class PersistentConfig:
-    """How the programs are laid out; no setting changes what is computed."""
-
-    num_stages: int
-    """Slots of the ring of tiles, at least 2."""
-
-    programs_per_sm: int
-    """Programs that share a multiprocessor."""
-
-    block_n: int = 64
-    """Rows of a tile in the ring: 64, in the forward also 128."""
-
-    in_registers: bool = False
-    """Left operands that stay for the whole item are in registers instead of shared memory."""
-
-    block: ClassVar[int] = BLOCK
-    """Rows of an item."""
-
-    def __post_init__(self) -> None:
-        allowed = {"num_stages": range(2, 9), "programs_per_sm": range(1, 9), "block_n": (64, 128)}
-        check_fields(self, "programs that stay", {**allowed, "in_registers": (False, True)})
-
-
-def registers_of(programs_per_sm: int) -> int:
-    """Per thread when a program starts with its 8 warps. Four of them keep 24, the others share what these leave."""
-    return min(65536 // (256 * programs_per_sm) // 8 * 8, 128)
 
 
 @functools.cache

@@ -34,10 +34,8 @@ from kernels.jagged_flash_attention.hopper.common import (
     zero_rows_from,
 )
 from kernels.jagged_flash_attention.hopper.items import (
-    BLOCK,
     ITEM_SLOTS,
     NUM_FIELDS,
-    PersistentConfig,
     draw,
     get,
     leave,
@@ -45,8 +43,8 @@ from kernels.jagged_flash_attention.hopper.items import (
     load_keys_with_values,
     num_programs,
     put_item,
-    registers_of,
 )
+from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, OneGroupConfig, registers_of
 from kernels.jagged_flash_attention.hopper.softmax import (
     begin_softmax,
     end_softmax,
@@ -98,13 +96,13 @@ def load_partition(
                     slot, phase,
                 )  # fmt: skip
                 slot, phase = next_slot(slot, phase, STAGES)
-            i_item = draw(p_tiles, num_items)
+            i_item = draw(p_tiles, num_items, ITEM_SLOTS)
         else:
             mbarrier.arrive(ready)
         q_slot, q_phase = next_slot(q_slot, q_phase, Q_STAGES)
         i_h, bos, n, i_m, h = next_i_h, next_bos, next_n, next_i_m, next_h
         next_i_h, next_bos, next_n, next_i_m, next_h = load_item(p_tiles, i_item, num_items, H, BM)
-    leave(p_tiles, num_items)
+    leave(p_tiles, num_items, ITEM_SLOTS)
 
 
 @gluon.jit  # pragma: no cover
@@ -222,7 +220,7 @@ def attend_partition(
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
 @gluon.jit(do_not_specialize=["L", "num_items"])  # pragma: no cover
-def hopper_persistent_forward_kernel(
+def hopper_one_group_forward_kernel(
     desc_q,  # (L, H * D), blocks of (BM, D)
     desc_k,  # (L, H_kv * D), blocks of (BN, D)
     desc_v,
@@ -295,13 +293,13 @@ def hopper_persistent_forward_kernel(
 
 
 # Head dim -> configurations worth a try on another GPU, the best first.
-CONFIGS: dict[int, tuple[PersistentConfig, ...]] = {
-    32: (PersistentConfig(4, 4), PersistentConfig(4, 3)),
+CONFIGS: dict[int, tuple[OneGroupConfig, ...]] = {
+    32: (OneGroupConfig(4, 4), OneGroupConfig(4, 3)),
     64: (
-        PersistentConfig(3, 3),
-        PersistentConfig(3, 3, in_registers=True),
-        PersistentConfig(2, 4),
-        PersistentConfig(3, 2, block_n=128, in_registers=True),
+        OneGroupConfig(3, 3),
+        OneGroupConfig(3, 3, in_registers=True),
+        OneGroupConfig(2, 4),
+        OneGroupConfig(3, 2, block_n=128, in_registers=True),
     ),
 }
 
@@ -311,11 +309,11 @@ def is_serial(head_dim: int, programs_per_sm: int) -> bool:
     return head_dim == 64 and programs_per_sm > 3
 
 
-launch = Launcher(hopper_persistent_forward_kernel, "num_warps", "maxnreg", "launch_pdl")
+launch = Launcher(hopper_one_group_forward_kernel, "num_warps", "maxnreg", "launch_pdl")
 
 
-def launch_persistent_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, config: PersistentConfig
+def launch_one_group_forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, config: OneGroupConfig
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of self attention, as `launch_forward` gives them.
 
@@ -339,7 +337,7 @@ def launch_persistent_forward(
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (L, num_items, call.scale_log2),
         (
-            H, H // k.shape[1], D, BLOCK, config.block_n, ITEM_SLOTS, config.num_stages, call.causal,
+            H, H // k.shape[1], D, BLOCK, config.block_n, ITEM_SLOTS.value, config.num_stages, call.causal,
             call.has_targets, config.in_registers, is_serial(D, config.programs_per_sm),
         ),
         (4, registers_of(config.programs_per_sm), True),

@@ -38,10 +38,8 @@ from kernels.jagged_flash_attention.hopper.common import (
     zero_rows_from,
 )
 from kernels.jagged_flash_attention.hopper.items import (
-    BLOCK,
     ITEM_SLOTS,
     NUM_FIELDS,
-    PersistentConfig,
     draw,
     get,
     leave,
@@ -49,8 +47,8 @@ from kernels.jagged_flash_attention.hopper.items import (
     num_programs,
     put,
     put_item,
-    registers_of,
 )
+from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, OneGroupConfig, registers_of
 from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
@@ -115,13 +113,13 @@ def load_queries_partition(
                     async_copy.async_copy_global_to_shared(delta_slots.index(slot), p_delta + o_rowwise, mask=o_m < n)
                     async_copy.mbarrier_arrive(q_bar, increment_count=False)
                     slot, phase = next_slot(slot, phase, STAGES)
-            i_item = draw(p_tiles, num_items)
+            i_item = draw(p_tiles, num_items, ITEM_SLOTS)
         else:
             mbarrier.arrive(kv_bar)
         item_slot, item_phase = next_slot(item_slot, item_phase, KEY_STAGES)
         i_kv, bos, n, i_n, h = next_i_kv, next_bos, next_n, next_i_n, next_h
         next_i_kv, next_bos, next_n, next_i_n, next_h = load_item(p_tiles, i_item, num_items, NUM_KV, GROUP)
-    leave(p_tiles, num_items)
+    leave(p_tiles, num_items, ITEM_SLOTS)
 
 
 @gluon.jit  # pragma: no cover
@@ -255,7 +253,7 @@ def dkv_partition(
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
 @gluon.jit(do_not_specialize=["L", "num_items"])  # pragma: no cover
-def hopper_persistent_dkv_kernel(
+def hopper_one_group_dkv_kernel(
     desc_q,  # (L, H * D), blocks of (BM, D)
     desc_g,
     desc_k,  # (L, H_kv * D), blocks of (64, D)
@@ -336,15 +334,15 @@ def hopper_persistent_dkv_kernel(
 
 
 # Head dim -> configurations worth a try on another GPU, the best first.
-CONFIGS: dict[int, tuple[PersistentConfig, ...]] = {
-    32: (PersistentConfig(6, 3), PersistentConfig(4, 3)),
-    64: (PersistentConfig(4, 2, in_registers=True), PersistentConfig(4, 2)),
+CONFIGS: dict[int, tuple[OneGroupConfig, ...]] = {
+    32: (OneGroupConfig(6, 3), OneGroupConfig(4, 3)),
+    64: (OneGroupConfig(4, 2, in_registers=True), OneGroupConfig(4, 2)),
 }
 
-launch = Launcher(hopper_persistent_dkv_kernel, "num_warps", "maxnreg")
+launch = Launcher(hopper_one_group_dkv_kernel, "num_warps", "maxnreg")
 
 
-def launch_persistent_dkv(
+def launch_one_group_dkv(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -355,7 +353,7 @@ def launch_persistent_dkv(
     dk: Tensor,
     dv: Tensor,
     call: Call,
-    config: PersistentConfig,
+    config: OneGroupConfig,
 ) -> None:
     """`dk` and `dv`, `(L, H_kv, D)` and contiguous, from the delta that the kernel of dq left.
 
@@ -381,7 +379,7 @@ def launch_persistent_dkv(
         (*q.stride()[:2], *dout.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (L, num_items, call.scale, call.scale_log2),
         (
-            num_kv, H // num_kv, D, BLOCK, ITEM_SLOTS, config.num_stages, call.causal, call.has_targets,
+            num_kv, H // num_kv, D, BLOCK, ITEM_SLOTS.value, config.num_stages, call.causal, call.has_targets,
             config.in_registers,
         ),
         (4, registers_of(config.programs_per_sm)),

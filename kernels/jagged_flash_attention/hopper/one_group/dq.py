@@ -41,10 +41,8 @@ from kernels.jagged_flash_attention.hopper.common import (
     zero_rows_from,
 )
 from kernels.jagged_flash_attention.hopper.items import (
-    BLOCK,
     ITEM_SLOTS,
     NUM_FIELDS,
-    PersistentConfig,
     draw,
     get,
     leave,
@@ -52,8 +50,8 @@ from kernels.jagged_flash_attention.hopper.items import (
     load_keys_with_values,
     num_programs,
     put_item,
-    registers_of,
 )
+from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, OneGroupConfig, registers_of
 from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
@@ -116,13 +114,13 @@ def load_partition(
                     slot, phase,
                 )  # fmt: skip
                 slot, phase = next_slot(slot, phase, STAGES)
-            i_item = draw(p_tiles, num_items)
+            i_item = draw(p_tiles, num_items, ITEM_SLOTS)
         else:
             mbarrier.arrive(ready, count=1 + LANES)
         q_slot, q_phase = next_slot(q_slot, q_phase, Q_STAGES)
         i_h, bos, n, i_m, h = next_i_h, next_bos, next_n, next_i_m, next_h
         next_i_h, next_bos, next_n, next_i_m, next_h = load_item(p_tiles, i_item, num_items, H, BM)
-    leave(p_tiles, num_items)
+    leave(p_tiles, num_items, ITEM_SLOTS)
 
 
 @gluon.jit  # pragma: no cover
@@ -269,7 +267,7 @@ def gradient_partition(
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
 @gluon.jit(do_not_specialize=["L", "num_items"])  # pragma: no cover
-def hopper_persistent_dq_kernel(
+def hopper_one_group_dq_kernel(
     desc_q,  # (L, H * D), blocks of (BM, D)
     desc_g,
     desc_out,
@@ -345,15 +343,15 @@ def hopper_persistent_dq_kernel(
 
 
 # Head dim -> configurations worth a try on another GPU, the best first.
-CONFIGS: dict[int, tuple[PersistentConfig, ...]] = {
-    32: (PersistentConfig(4, 3), PersistentConfig(6, 3)),
-    64: (PersistentConfig(4, 2, in_registers=True), PersistentConfig(2, 3)),
+CONFIGS: dict[int, tuple[OneGroupConfig, ...]] = {
+    32: (OneGroupConfig(4, 3), OneGroupConfig(6, 3)),
+    64: (OneGroupConfig(4, 2, in_registers=True), OneGroupConfig(2, 3)),
 }
 
-launch = Launcher(hopper_persistent_dq_kernel, "num_warps", "maxnreg")
+launch = Launcher(hopper_one_group_dq_kernel, "num_warps", "maxnreg")
 
 
-def launch_persistent_dq(
+def launch_one_group_dq(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -364,9 +362,9 @@ def launch_persistent_dq(
     dq: Tensor,
     delta: Tensor,
     call: Call,
-    config: PersistentConfig,
+    config: OneGroupConfig,
 ) -> None:
-    """`dq` and `delta` of self attention, as `launch_hopper_dq` gives them.
+    """`dq` and `delta` of self attention, as `launch_two_group_dq` gives them.
 
     Args:
         dout: `(L, H, D)` in q's dtype; q, k, v, out, lse: as the forward took and gave them. All but out and lse as
@@ -390,7 +388,7 @@ def launch_persistent_dq(
         (q.stride(1), dout.stride(1), k.stride(1), v.stride(1)),
         (L, num_items, call.scale, call.scale_log2),
         (
-            H, H // k.shape[1], D, BLOCK, BLOCK, ITEM_SLOTS, config.num_stages, call.causal, call.has_targets,
+            H, H // k.shape[1], D, BLOCK, BLOCK, ITEM_SLOTS.value, config.num_stages, call.causal, call.has_targets,
             config.in_registers,
         ),
         (4, registers_of(config.programs_per_sm)),
