@@ -140,7 +140,7 @@ def describe(candidate: Candidate | None) -> str:
         return "none"
     if isinstance(candidate, OneGroupConfig):
         text = f"one group n{candidate.block_n} s{candidate.num_stages} p{candidate.programs_per_sm}"
-        return text + (" in registers" if candidate.in_registers else "")
+        return text + (" in registers" if candidate.in_registers else "") + (" pairs" if candidate.in_pairs else "")
     if isinstance(candidate, TwoGroupForwardConfig):
         return f"two groups n{candidate.block_n} s{candidate.num_stages}"
     if isinstance(candidate, TwoGroupBackwardConfig):

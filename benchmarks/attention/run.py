@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +29,7 @@ from benchmarks.attention.shapes import (
     parse_shape,
     work_of,
 )
-from benchmarks.attention.timing import MODES, Timing, copies_past_cache, measure, run_once
+from benchmarks.attention.timing import MODES, Ready, Timing, copies_past_cache, prepare, run_once, time_in_turns
 from benchmarks.csv_file import append_rows, check_columns
 from recsys.versions import environment
 
@@ -71,7 +72,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--modes", type=_names, default=list(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="replays, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=21, help="turns of each provider, of which the median counts")
     parser.add_argument("--output", type=Path, help="CSV file that the rows are added to")
     parser.add_argument("--plot", type=Path, help="folder for plots")
     given = parser.parse_args(arguments)
@@ -137,13 +138,18 @@ def run_benchmark(options: Options) -> list[Row]:
         inputs = batch.make_inputs(copies_past_cache(batch))
         reference = Reference(batch, inputs[0])
         for mode in options.modes:
-            group = []
-            for name in options.providers:
-                row = {**_described(batch, mode, name), **known_columns}
-                row |= _measured(PROVIDERS[name], absent[name], batch, inputs, reference, mode, options.repeats)
+            group = [{**_described(batch, mode, name), **known_columns} for name in options.providers]
+            ready = []
+            for name, row in zip(options.providers, group, strict=True):
+                of_provider = _prepare(PROVIDERS[name], absent[name], batch, inputs, reference, mode, options.repeats)
+                row |= of_provider.row
+                ready.append(of_provider.ready)
+            for row, timing in zip(group, _time(ready, options.repeats), strict=True):
+                if timing is not None:
+                    row |= _figures(timing, work_of(batch, mode), _has_floor(batch.device))
                 if row["status"] != rows.ABSENT:
                     print(_line(row), flush=True)
-                group.append(row)
+            del ready
             gc.collect()
             rows.fill_ratios(group)
             everything += group
@@ -178,7 +184,14 @@ def _has_floor(device: torch.device) -> bool:
     return device.type == "cuda" and ROOF_GPU in torch.cuda.get_device_name(device)
 
 
-def _measured(
+class Prepared(NamedTuple):
+    """A provider in one mode: what is known of it already, and how it is timed, if it is."""
+
+    row: Row
+    ready: Ready | Timing | None = None
+
+
+def _prepare(
     provider: type[Provider],
     absent: str | None,
     batch: Batch,
@@ -186,29 +199,29 @@ def _measured(
     reference: Reference,
     mode: str,
     repeats: int,
-) -> Row:
-    """Status and figures of a row; whatever goes wrong in a provider is its status and reason."""
+) -> Prepared:
+    """Status and errors of a row; whatever goes wrong in a provider is its status and reason."""
     if absent is not None:
-        return {"status": rows.ABSENT, "reason": absent}
+        return Prepared({"status": rows.ABSENT, "reason": absent})
     refused = provider.refuses(batch)
     if refused is not None:
-        return {"status": rows.UNSUPPORTED, "reason": refused}
+        return Prepared({"status": rows.UNSUPPORTED, "reason": refused})
     try:
-        return _checked_and_timed(provider, batch, inputs, reference, mode, repeats)
+        return _check(provider, batch, inputs, reference, mode, repeats)
     except torch.OutOfMemoryError as error:
-        return {"status": rows.OUT_OF_MEMORY, "reason": _short(error)}
+        return Prepared({"status": rows.OUT_OF_MEMORY, "reason": _short(error)})
     except (ValueError, NotImplementedError) as error:
-        return {"status": rows.UNSUPPORTED, "reason": _short(error)}
+        return Prepared({"status": rows.UNSUPPORTED, "reason": _short(error)})
     except Exception as error:  # a peer's own bug must not end the comparison
-        return {"status": rows.FAILED, "reason": f"{type(error).__name__}: {_short(error)}"}
+        return Prepared({"status": rows.FAILED, "reason": f"{type(error).__name__}: {_short(error)}"})
     finally:
         if batch.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _checked_and_timed(
+def _check(
     provider: type[Provider], batch: Batch, inputs: Sequence[Inputs], reference: Reference, mode: str, repeats: int
-) -> Row:
+) -> Prepared:
     start = time.perf_counter()
     attention = provider(batch)
     converted = [attention.convert(one) for one in inputs]
@@ -218,16 +231,21 @@ def _checked_and_timed(
     del results
     prepare_s = time.perf_counter() - start
 
-    timing = measure(attention, converted, mode, repeats)
     accurate = errors.relative <= 1.0
-    return {
+    row = {
         "status": rows.OK if accurate else rows.INACCURATE,
         "reason": "" if accurate else f"the error is {errors.relative:.2g} times what {batch.dtype} explains",
         **{f"error_{name}": float(f"{error:.4g}") for name, error in errors.greatest.items()},
         "relative_error": float(f"{errors.relative:.3g}"),
         "prepare_s": round(prepare_s, 2),
-        **_figures(timing, work_of(batch, mode), _has_floor(batch.device)),
     }
+    return Prepared(row, prepare(attention, converted, mode, repeats))
+
+
+def _time(ready: Sequence[Ready | Timing | None], repeats: int) -> list[Timing | None]:
+    """Those that are ready take turns; the others are timed already, or are not timed."""
+    turns = iter(time_in_turns([one for one in ready if isinstance(one, Ready)], repeats))
+    return [next(turns) if isinstance(one, Ready) else one for one in ready]
 
 
 def _figures(timing: Timing, work: Work, has_floor: bool) -> Row:

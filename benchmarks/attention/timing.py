@@ -2,10 +2,16 @@
 
 Device time is that of calls captured in a CUDA graph, so that the host plays no part. The inputs rotate over
 several sets that together are past the L2 cache, as the tensors of a model are when its next layer comes.
+
+Providers take turns. A GPU that is limited by power gives whoever comes after a pause a higher clock: measured one
+after the other, the same kernel differed by 15 % (docs/lab_log.md). So all of them are made ready first, and then
+replayed again and again, in another order every time.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +25,11 @@ MODES = ("forward", "forward_backward")
 
 CALLS_PER_REPLAY = 10
 QUEUED_CALLS = 50
+ORDER_SEED = 0
 
 # A call of this length hides the host's work behind the device's, so a graph would tell nothing new; it is queued,
-# and a few times only, since the padding providers take a tenth of a second.
-SLOW_CALL_MS = 5.0
+# and a few times only, since the padding providers take a tenth of a second. They don't take turns with the others.
+SLOW_CALL_MS = 20.0
 SLOW_REPEATS = 3
 SLOW_QUEUED_CALLS = 2
 
@@ -71,20 +78,62 @@ def copies_past_cache(batch: Batch) -> int:
     return min(max(needed, LEAST_COPIES), CALLS_PER_REPLAY)
 
 
-def measure(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Timing:
-    """Time and memory of a call that has run before (and so is compiled)."""
+@dataclass(frozen=True)
+class Ready:
+    """Calls that wait for their turn."""
+
+    calls: Callable[[], object]
+    """Issues some of them."""
+
+    num_calls: int
+    method: str
+    call_ms: float
+    peak_mib: float | None
+
+
+def prepare(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Ready | Timing:
+    """Make a call that has run before (and so is compiled) ready to be timed.
+
+    What is so slow that it can't compete, and all on a CPU, is timed at once.
+    """
     if inputs[0].q.device.type != "cuda":
         return _measure_on_cpu(attention, inputs, mode, repeats)
     peak_mib = _peak_mib(attention, inputs[0], mode)
     if _queued_ms(attention, inputs, mode, repeats=1, calls=1) > SLOW_CALL_MS:
         device_ms = _queued_ms(attention, inputs, mode, SLOW_REPEATS, calls=1)
         return Timing(device_ms, _call_ms(attention, inputs, mode, SLOW_QUEUED_CALLS), "queued", peak_mib)
-    captured_ms = _graph_ms(attention, inputs, mode, repeats)
-    if captured_ms is None:
-        device_ms, method = _queued_ms(attention, inputs, mode, repeats, CALLS_PER_REPLAY), "queued"
-    else:
-        device_ms, method = captured_ms, "graph"
-    return Timing(device_ms, _call_ms(attention, inputs, mode, QUEUED_CALLS), method, peak_mib)
+    replay = _capture(attention, inputs, mode)
+    call_ms = _call_ms(attention, inputs, mode, QUEUED_CALLS)
+    if replay is not None:
+        return Ready(replay, CALLS_PER_REPLAY, "graph", call_ms, peak_mib)
+    return Ready(_some_calls(attention, inputs, mode, CALLS_PER_REPLAY), CALLS_PER_REPLAY, "queued", call_ms, peak_mib)
+
+
+def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing]:
+    """The median of `repeats` turns of each, in an order that changes with every round and is the same in every run."""
+    if not ready:
+        return []
+    order = list(range(len(ready)))
+    generator = random.Random(ORDER_SEED)
+    for one in ready:
+        one.calls()
+    turns = []
+    for _ in range(repeats):
+        generator.shuffle(order)
+        for i in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            ready[i].calls()
+            end.record()
+            turns.append((i, start, end))
+    torch.cuda.synchronize()
+    times: list[list[float]] = [[] for _ in ready]
+    for i, start, end in turns:
+        times[i].append(start.elapsed_time(end))
+    return [
+        Timing(statistics.median(of_one) / one.num_calls, one.call_ms, one.method, one.peak_mib)
+        for one, of_one in zip(ready, times, strict=True)
+    ]
 
 
 def _measure_on_cpu(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Timing:
@@ -106,8 +155,8 @@ def _peak_mib(attention: Attention, inputs: Inputs, mode: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _graph_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, replays: int) -> float | None:
-    """Milliseconds per call in a replayed graph; None where the calls can't be captured."""
+def _capture(attention: Attention, inputs: Sequence[Inputs], mode: str) -> Callable[[], object] | None:
+    """Replays `CALLS_PER_REPLAY` calls; None where they can't be captured."""
     try:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -123,8 +172,11 @@ def _graph_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, replays
     except Exception:  # whatever a call did that a capture forbids, in its own library's words; or no memory for a copy
         torch.cuda.synchronize()
         return None
-    graph.replay()
-    return _between_events(graph.replay, replays) / CALLS_PER_REPLAY
+
+    def replay(inputs: Sequence[Inputs] = inputs) -> None:  # the graph reads them: they have to live as long as it does
+        graph.replay()
+
+    return replay
 
 
 def _fresh_leaves(inputs: Inputs) -> Inputs:
@@ -137,26 +189,26 @@ def _fresh_leaves(inputs: Inputs) -> Inputs:
     return Inputs(q, k, v, inputs.dout)
 
 
-def _queued_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int, calls: int) -> float:
-    """Milliseconds per call of `repeats` times `calls` calls issued without a pause."""
-
+def _some_calls(attention: Attention, inputs: Sequence[Inputs], mode: str, calls: int) -> Callable[[], None]:
     def some_calls() -> None:
         for i in range(calls):
             run_once(attention, inputs[i % len(inputs)], mode)
 
+    return some_calls
+
+
+def _queued_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int, calls: int) -> float:
+    """Milliseconds per call of `repeats` times `calls` calls issued without a pause."""
+    some_calls = _some_calls(attention, inputs, mode, calls)
     some_calls()
-    return _between_events(some_calls, repeats) / calls
-
-
-def _between_events(work: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of `work`, queued `repeats` times behind what the device has to do already."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
-        work()
+        some_calls()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in zip(events[:-1], events[1:], strict=True))
+    times = (start.elapsed_time(end) for start, end in itertools.pairwise(events))
+    return statistics.median(times) / calls
 
 
 def _call_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, calls: int) -> float:

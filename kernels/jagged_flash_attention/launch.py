@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -237,7 +237,7 @@ class Call:
         return self.causal, self.window is not None, self.has_targets, self.dropout_p > 0.0, self.precision
 
 
-def check_fields(config: Any, what: str, allowed: dict[str, Sequence[object]]) -> None:
+def check_fields(config: Any, what: str, allowed: Mapping[str, Sequence[object]]) -> None:
     """ValueError that says what is allowed, if a field of a configuration has another value."""
     for name, values in allowed.items():
         if getattr(config, name) not in values:

@@ -132,8 +132,8 @@ HOPPER_16BIT: TileTable = (
     Row(64, None, None, Tiles(
         forward=Tile(64, 64, 4, 3), dkv=Tile(32, 64, 4, 2, tma=True, max_registers=128),
         dq=Tile(64, 64, 4, 3, tma=True),
-        hopper_forward=OneGroupConfig(2, 4),
-        hopper_dq=OneGroupConfig(4, 2, in_registers=True), hopper_dkv=OneGroupConfig(4, 2, in_registers=True),
+        hopper_forward=OneGroupConfig(2, 4), hopper_dq=OneGroupConfig(4, 2, in_registers=True),
+        hopper_dkv=OneGroupConfig(4, 2, in_registers=True, in_pairs=True),
     )),
     Row(128, 512, None, Tiles(
         forward=Tile(64, 64, 4, 2), dkv=Tile(32, 64, 4, 2, tma=True), dq=Tile(64, 64, 4, 2, tma=True),

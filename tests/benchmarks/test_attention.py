@@ -17,7 +17,7 @@ from benchmarks.attention.providers import PROVIDERS, Provider, flex_block_mask
 from benchmarks.attention.rows import Row, best_peer, fill_ratios, table
 from benchmarks.attention.run import Options, main, parse_options, run_benchmark
 from benchmarks.attention.shapes import SHAPES, Batch, Inputs, Shape, parse_shape, visible_pairs, work_of
-from benchmarks.attention.timing import MODES, copies_past_cache, run_once
+from benchmarks.attention.timing import MODES, Ready, copies_past_cache, run_once, time_in_turns
 from kernels.jagged_flash_attention import dense_mask
 from tests.conftest import INTERPRETED
 
@@ -478,6 +478,41 @@ def test_a_file_of_other_columns_ends_the_run_before_anything_is_measured(tmp_pa
     foreign.write_text("a,b\n")
     with pytest.raises(SystemExit, match="has other columns"):
         main(f"--device cpu --shapes tiny --providers dense --output {foreign}".split())
+
+
+def test_providers_take_turns_in_a_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.ms = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.ms - self.ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def provider(name: str, ms: float, num_calls: int) -> Ready:
+        def some_calls() -> None:
+            calls.append(name)
+            clock[0] += ms * num_calls * (100 if calls.count(name) == 3 else 1)  # once, something is in the way
+
+        return Ready(some_calls, num_calls, "graph", call_ms=2 * ms, peak_mib=None)
+
+    timings = time_in_turns([provider("a", 1.0, 10), provider("b", 2.0, 10), provider("c", 3.0, 5)], repeats=9)
+    assert [timing.device_ms for timing in timings] == [1.0, 2.0, 3.0]
+    assert [timing.call_ms for timing in timings] == [2.0, 4.0, 6.0]
+    assert calls[:3] == ["a", "b", "c"]  # not timed
+    rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]
+    assert len(rounds) == 9
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len(set(rounds)) > 2
+    assert time_in_turns([], repeats=9) == []
 
 
 @pytest.mark.gpu

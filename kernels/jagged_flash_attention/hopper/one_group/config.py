@@ -26,12 +26,21 @@ class OneGroupConfig:
     in_registers: bool = False
     """Left operands that stay for the whole item are in registers instead of shared memory."""
 
+    in_pairs: bool = False
+    """dk and dv: two tiles of queries in a turn, for long users, who have many of them."""
+
     block: ClassVar[int] = BLOCK
     """Rows of an item."""
 
     def __post_init__(self) -> None:
-        allowed = {"num_stages": range(2, 9), "programs_per_sm": range(1, 9), "block_n": (64, 128)}
-        check_fields(self, "programs of one group", {**allowed, "in_registers": (False, True)})
+        allowed = {
+            "num_stages": range(2, 9),
+            "programs_per_sm": range(1, 9),
+            "block_n": (64, 128),
+            "in_registers": (False, True),
+            "in_pairs": (False, True),
+        }
+        check_fields(self, "programs of one group", allowed)
 
 
 def registers_of(programs_per_sm: int) -> int:

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """dk and dv for Hopper (compute capability 9.x), head dim 32 or 64 and 16-bit types, by programs that stay (Gluon).
 
-The equations are those of ../backward.py, the programs those of items.py: an item is a tile of 64 keys and a key head;
-the ring holds tiles of 64 queries that see them: q, dout, log-sum-exp and delta.
+The equations are those of ../../backward.py, the programs those of ../items.py: an item is a tile of 64 keys and a key
+head; the ring holds tiles of 64 queries that see them: q, dout, log-sum-exp and delta.
 
 Scores are transposed (keys, queries): their rows stay where they are in registers as the left operand of both products.
 
@@ -10,7 +10,10 @@ Causal, the tiles of queries on the diagonal come first, the only ones with a ma
 tile, and what follows there is another user's, perhaps NaN: such rows are zeroed in shared memory, log-sum-exp and
 delta as well. Then they have a probability of one, but of a dout of zero.
 
-Names: see common.py.
+Long users have two tiles in a turn (IN_PAIRS): three products are asked for at once, and the tensor cores have work
+left during the exponentials of both tiles. Short users would lose by the longer way to the loop for what is left over.
+
+Names: see ../common.py.
 """
 
 from __future__ import annotations
@@ -123,16 +126,22 @@ def load_queries_partition(
 
 
 @gluon.jit  # pragma: no cover
+def zero_past_end(q_slots, g_slots, slot, num_rows, D: gl.constexpr, BM: gl.constexpr):
+    """Rows of q and dout that are not the user's, if there are any in the tile."""
+    if num_rows < BM:
+        zero_rows_from(q_slots.index(slot), num_rows, BM, D)
+        zero_rows_from(g_slots.index(slot), num_rows, BM, D)
+        meet()  # here, so that there is none where nothing was zeroed
+
+
+@gluon.jit  # pragma: no cover
 def begin_queries(
     a_k, a_v, slots, barriers, slot, phase, num_rows, D: gl.constexpr, BM: gl.constexpr, layout_s: gl.constexpr
 ):
     """Transposed scores and dP of a tile of queries, in flight; num_rows of its rows or more are the user's."""
     q_slots, g_slots, _, _, _, _, _ = slots
     mbarrier.wait(barriers[0].index(slot), phase)
-    if num_rows < BM:
-        zero_rows_from(q_slots.index(slot), num_rows, BM, D)
-        zero_rows_from(g_slots.index(slot), num_rows, BM, D)
-        meet()  # here, so that there is none where nothing was zeroed
+    zero_past_end(q_slots, g_slots, slot, num_rows, D, BM)
     b_none = gl.zeros([GROUP, BM], gl.float32, layout_s)
     b_s = warpgroup_mma(a_k, q_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
     b_dp = warpgroup_mma(a_v, g_slots.index(slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
@@ -178,10 +187,65 @@ def visit_queries(
 
 
 @gluon.jit  # pragma: no cover
+def probabilities(b_s, lse_slots, slot, scale_log2):
+    """Of transposed scores; not more of log-sum-exp at a time, it would cost registers."""
+    b_lse = lse_slots.index(slot).load(gl.SliceLayout(0, b_s.type.layout))
+    return gl.exp2(b_s * scale_log2 - b_lse[None, :])
+
+
+@gluon.jit  # pragma: no cover
+def visit_pair(
+    b_dk, b_dv, a_k, a_v, slots, barriers, slot, phase, num_rows, scale_log2,
+    D: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add what two tiles of queries give, a and b, with products of one behind the exponentials of the other.
+
+    num_rows: of the user, from b's first on.
+    """
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    layout_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_acc, 2)
+    layout_row: gl.constexpr = gl.SliceLayout(0, layout_s)
+    q_slots, g_slots, lse_slots, delta_slots, _, _, _ = slots
+    dtype: gl.constexpr = q_slots.dtype
+    b_none = gl.zeros([GROUP, BM], gl.float32, layout_s)
+    slot_a = slot + 0  # two names of one value are one in the eyes of the compiler's loop
+    slot_b, phase_b = next_slot(slot, phase, STAGES)
+    mbarrier.wait(barriers[0].index(slot_b), phase_b)
+    zero_past_end(q_slots, g_slots, slot_b, num_rows, D, BM)
+    mbarrier.wait(barriers[0].index(slot_a), phase)
+    b_s = warpgroup_mma(a_k, q_slots.index(slot_a).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_dp = warpgroup_mma(a_v, g_slots.index(slot_a).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_s_b = warpgroup_mma(a_k, q_slots.index(slot_b).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(2, deps=[b_s])
+    b_p = probabilities(b_s, lse_slots, slot_a, scale_log2)
+    b_delta = delta_slots.index(slot_a).load(layout_row)
+    b_left = gl.convert_layout(b_p.to(dtype), layout_p)
+    b_dv = warpgroup_mma(b_left, g_slots.index(slot_a), b_dv, is_async=True)
+    b_dp = warpgroup_mma_wait(2, deps=[b_dp])
+    b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(dtype), layout_p)
+    b_dk = warpgroup_mma(b_ds, q_slots.index(slot_a), b_dk, is_async=True)
+    b_dp_b = warpgroup_mma(a_v, g_slots.index(slot_b).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_s_b = warpgroup_mma_wait(3, deps=[b_s_b])
+    b_p = probabilities(b_s_b, lse_slots, slot_b, scale_log2)
+    b_delta = delta_slots.index(slot_b).load(layout_row)
+    b_left_b = gl.convert_layout(b_p.to(dtype), layout_p)
+    b_dv = warpgroup_mma(b_left_b, g_slots.index(slot_b), b_dv, is_async=True)
+    b_dp_b, b_left, b_ds = warpgroup_mma_wait(1, deps=[b_dp_b, b_left, b_ds])
+    b_ds_b = gl.convert_layout((b_p * (b_dp_b - b_delta[None, :])).to(dtype), layout_p)
+    b_dk = warpgroup_mma(b_ds_b, q_slots.index(slot_b), b_dk, is_async=True)
+    b_dk, b_dv, b_left_b, b_ds_b = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_left_b, b_ds_b])
+    mbarrier.arrive(barriers[1].index(slot_a))
+    mbarrier.arrive(barriers[1].index(slot_b))
+    slot, phase = next_slot(slot_b, phase_b, STAGES)
+    return b_dk, b_dv, slot, phase
+
+
+@gluon.jit  # pragma: no cover
 def dkv_partition(
     slots, barriers, memory, strides, outputs, sizes, NUM_KV: gl.constexpr, HEADS_PER_KV: gl.constexpr,
     D: gl.constexpr, BM: gl.constexpr, KEY_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_TARGETS: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    HAS_TARGETS: gl.constexpr, IN_REGISTERS: gl.constexpr, IN_PAIRS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one item after the other."""
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])  # (64, BM), transposed scores
@@ -219,6 +283,12 @@ def dkv_partition(
                         D, BM, STAGES, True,
                     )  # fmt: skip
                     i_m += BM
+            if IN_PAIRS:
+                for i_pair in range(i_m, end - BM, 2 * BM):
+                    b_dk, b_dv, slot, phase = visit_pair(
+                        b_dk, b_dv, a_k, a_v, slots, barriers, slot, phase, n - i_pair - BM, scale_log2, D, BM, STAGES
+                    )
+                i_m += gl.maximum(gl.cdiv(end - BM - i_m, 2 * BM), 0) * (2 * BM)
             for i_full in range(i_m, end, BM):
                 b_dk, b_dv, slot, phase = visit_queries(
                     b_dk, b_dv, a_k, a_v, slots, barriers, slot, phase, n - i_full, 0, scale_log2,
@@ -288,6 +358,7 @@ def hopper_one_group_dkv_kernel(
     CAUSAL: gl.constexpr,
     HAS_TARGETS: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
+    IN_PAIRS: gl.constexpr,
 ):
     """Items until there are no more."""
     dtype: gl.constexpr = desc_q.dtype
@@ -320,7 +391,7 @@ def hopper_one_group_dkv_kernel(
         [
             (dkv_partition, (
                 slots, barriers, memory, strides, (p_dk, p_dv), (L, scale, scale_log2),
-                NUM_KV, HEADS_PER_KV, D, BM, KEY_STAGES, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS,
+                NUM_KV, HEADS_PER_KV, D, BM, KEY_STAGES, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS, IN_PAIRS,
             )),
             (load_queries_partition, (
                 descs, slots, barriers, p_tiles, num_items, p_lse, p_delta,
@@ -336,7 +407,11 @@ def hopper_one_group_dkv_kernel(
 # Head dim -> configurations worth a try on another GPU, the best first.
 CONFIGS: dict[int, tuple[OneGroupConfig, ...]] = {
     32: (OneGroupConfig(6, 3), OneGroupConfig(4, 3)),
-    64: (OneGroupConfig(4, 2, in_registers=True), OneGroupConfig(4, 2)),
+    64: (
+        OneGroupConfig(4, 2, in_registers=True),
+        OneGroupConfig(4, 2, in_registers=True, in_pairs=True),
+        OneGroupConfig(4, 2),
+    ),
 }
 
 launch = Launcher(hopper_one_group_dkv_kernel, "num_warps", "maxnreg")
@@ -380,7 +455,7 @@ def launch_one_group_dkv(
         (L, num_items, call.scale, call.scale_log2),
         (
             num_kv, H // num_kv, D, BLOCK, ITEM_SLOTS.value, config.num_stages, call.causal, call.has_targets,
-            config.in_registers,
+            config.in_registers, config.in_pairs,
         ),
         (4, registers_of(config.programs_per_sm)),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """delta and dq for Hopper (compute capability 9.x), head dim 32 or 64 and 16-bit types, by programs that stay (Gluon).
 
-The equations are those of ../backward.py, the programs those of items.py: an item is a tile of queries and a head.
+The equations are those of ../../backward.py, the programs those of ../items.py: an item is a tile of queries and a
+head.
 
 Of an item q, dout and log-sum-exp stay in a slot until its dq is stored. `out` is read only once, for delta, and has a
 single slot with a barrier of its own. Log-sum-exp can't come by TMA, which takes numbers from multiples of 16 bytes on,
@@ -15,7 +16,7 @@ A tile's last rows may be another user's, perhaps NaN. The mask is laid on dS, n
 values is dropped there. Such keys are zeroed, since a product with them follows. Such queries make rows of their own,
 which nobody stores.
 
-Names: see common.py.
+Names: see ../common.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Forward for Hopper (compute capability 9.x), head dim 32 or 64 and 16-bit types, by programs that stay (items.py).
+"""Forward for Hopper (compute capability 9.x), head dim 32 or 64 and 16-bit types, by programs that stay (../items.py).
 
 Of an item, the queries stay; tiles of BN keys and values stream by, from the last to the first. The last is the only
 one that needs a mask, for the diagonal as well as for the end of the history: an item's queries lie in one tile of
 keys. The loop over the others has none.
 
-The softmax is that of softmax.py. A program begins while the lists may still be being made; the loading warp waits.
+The softmax is that of ../softmax.py. A program begins while the lists may still be being made; the loading warp waits.
 
-Names: see common.py.
+Names: see ../common.py.
 """
 
 from __future__ import annotations
