@@ -215,3 +215,19 @@ def query_range(
         full_hi = i_n + window
     hi = tl.where(i_n < h, hi, 0)  # a tile of candidate keys only: nobody but themselves
     return split_range(lo, full_lo, full_hi, hi, BM)
+
+
+@triton.jit  # pragma: no cover
+def self_gradient(
+    b_q, b_k, b_v, b_dout, b_lse, b_delta, scale_log2, seed, o_row, i_h, o_n, drop_below, keep_scale,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Of tokens that see themselves, row by row: probability that dv takes, gradient of the score; both (BLOCK,)."""
+    b_p = tl.exp2(tl.sum(b_q * b_k, 1) * scale_log2 - b_lse)
+    b_dp = tl.sum(b_dout * b_v, 1)
+    b_dropped = b_p
+    if DROPOUT:
+        b_keep = tl.where(is_kept(seed, o_row, i_h, o_n, drop_below), keep_scale, 0.0)
+        b_dropped = b_p * b_keep
+        b_dp = b_dp * b_keep
+    return b_dropped, b_p * (b_dp - b_delta)
