@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +14,7 @@ from torch import Tensor
 from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, ROW_LIMIT
 from benchmarks.attention.candidates import Candidate
 from benchmarks.attention.shapes import Batch, Shape
-from benchmarks.attention.timing import copies_past_cache
+from benchmarks.attention.timing import CALLS_PER_REPLAY, Ready, copies_past_cache, time_in_turns
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.forward import launch_forward
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
@@ -31,8 +29,7 @@ HEADS = 4
 TOKENS = 65_536  # of a batch, about: several times as many tiles as run at once
 MEAN_PART = 4  # the mean length is this part of max_seqlen
 
-CALLS_PER_REPLAY = 10
-REPLAYS = 5
+REPLAYS = 9
 
 
 @dataclass(frozen=True)
@@ -172,8 +169,16 @@ def disagreement(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: t
     return worst
 
 
-def time_us(function: Callable[[int], object]) -> float:
-    """Microseconds of a call on the device: the median of replays of a CUDA graph of calls 0, 1, 2, ..."""
+def times_us(functions: Sequence[Callable[[int], object]]) -> list[float]:
+    """Microseconds of a call of each on the device: medians of replays, in turns, of CUDA graphs of calls 0, 1, ..."""
+    pool = torch.cuda.graph_pool_handle()  # nobody reads the results, so that all graphs can write to the same memory
+    replays = [_capture(function, pool) for function in functions]
+    ready = [Ready(replay, CALLS_PER_REPLAY, "graph", call_ms=0.0, peak_mib=None) for replay in replays]
+    return [1e3 * timing.device_ms for timing in time_in_turns(ready, REPLAYS)]
+
+
+def _capture(function: Callable[[int], object], pool: Any) -> Callable[[], None]:
+    """Replays `CALLS_PER_REPLAY` calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -181,15 +186,7 @@ def time_us(function: Callable[[int], object]) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         for i in range(CALLS_PER_REPLAY):
             function(i)
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = (start.elapsed_time(end) for start, end in itertools.pairwise(events))
-    return 1e3 * statistics.median(times) / CALLS_PER_REPLAY
+    return graph.replay

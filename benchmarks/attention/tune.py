@@ -5,8 +5,9 @@
 
 One setting is a dtype, a padded head dim, a mask and a length up to which users go. Its batch is lognormal, with a mean
 of a quarter of that length. Candidates (`candidates.py`) are compiled by several processes. Then every result is
-compared with that of the table's tiles, and calls are timed in a replayed CUDA graph (`kernel_bench.py`). What is best
-goes into the file that `kernels/jagged_flash_attention/tuning.py` reads. See docs/tuning.md.
+compared with that of the table's tiles, and calls are timed in replayed CUDA graphs that take turns
+(`kernel_bench.py`). What is best goes into the file that `kernels/jagged_flash_attention/tuning.py` reads. See
+docs/tuning.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 import triton
 
 from benchmarks.attention.candidates import KERNELS, Candidate, candidates, describe, shared_memory
-from benchmarks.attention.kernel_bench import Bench, Setting, replace_tile, time_us
+from benchmarks.attention.kernel_bench import Bench, Setting, replace_tile, times_us
 from kernels.jagged_flash_attention.launch import INTERPRETED
 from kernels.jagged_flash_attention.tuning import (
     DTYPES,
@@ -56,11 +57,11 @@ LEAST_GAIN = 0.02
 # A pass for short users is tried where they have at least this fraction of the tokens.
 LEAST_SHORT_TOKENS = 0.02
 
-TimeOf = Callable[[str, Candidate, int], float]
-"""Microseconds of a kernel with a candidate, where users of at most so many tokens are left to the short pass."""
-
 Times = dict[Candidate, float]
 """In microseconds."""
+
+TimesOf = Callable[[list[tuple[str, Candidate]], int], Times]
+"""Of kernels with a candidate, where users of at most so many tokens are left to the short pass."""
 
 Tried = dict[str, list[Candidate]]
 """By kernel, the candidates that work."""
@@ -108,7 +109,7 @@ class Chosen(NamedTuple):
         return format_table(["pass", "table", "us", "best", "us", "gain"], lines)
 
 
-def choose(table: Tiles, tried: Tried, time_of: TimeOf, short_fraction: Callable[[int], float]) -> Chosen:
+def choose(table: Tiles, tried: Tried, times_of: TimesOf, short_fraction: Callable[[int], float]) -> Chosen:
     """The fastest tiles of a setting; the table's, unless others are better by `LEAST_GAIN`.
 
     Where a kernel for Hopper wins, a tile is chosen too: it serves the calls that this kernel can't do.
@@ -116,10 +117,10 @@ def choose(table: Tiles, tried: Tried, time_of: TimeOf, short_fraction: Callable
     Args:
         table: its tiles, which are all among those tried.
         tried: what to choose from.
-        time_of: see `TimeOf`.
+        times_of: see `TimesOf`.
         short_fraction: of all tokens, those of users of at most so many.
     """
-    forward = {candidate: time_of(kernel, candidate, 0) for kernel, candidate in _both(tried, "forward")}
+    forward = times_of(_both(tried, "forward"), 0)
     own = table.hopper_forward or table.forward
     best = _fastest(forward, own)
     of_forward = Comparison("forward", describe(own), forward[own], describe(best), forward[best])
@@ -127,22 +128,23 @@ def choose(table: Tiles, tried: Tried, time_of: TimeOf, short_fraction: Callable
 
     blocks = {tile.block_m for tile in _tiles(tried["short"])}
     worthwhile = {block for block in blocks if short_fraction(block) >= LEAST_SHORT_TOKENS}
-    tiles, of_backward = _choose_backward(tiles, tried, time_of, worthwhile)
+    tiles, of_backward = _choose_backward(tiles, tried, times_of, worthwhile)
     return Chosen(tiles, [of_forward, of_backward])
 
 
-def _choose_backward(table: Tiles, tried: Tried, time_of: TimeOf, worthwhile: set[int]) -> tuple[Tiles, Comparison]:
+def _choose_backward(table: Tiles, tried: Tried, times_of: TimesOf, worthwhile: set[int]) -> tuple[Tiles, Comparison]:
     """As a whole: which users have the pass for short ones decides how much is left to the kernels of dq and dkv."""
     own = (table.hopper_dq or table.dq, table.hopper_dkv or table.dkv, table.short)
     times: dict[int, tuple[Times, Times]] = {}  # of dq and dkv, by the users that are left to the short pass
     totals: dict[tuple[Candidate, Candidate, Tile | None], float] = {}
     for block in sorted({0, _block_of(table.short)} | worthwhile):
-        dq_times = {candidate: time_of(kernel, candidate, block) for kernel, candidate in _both(tried, "dq")}
-        dkv_times = {candidate: time_of(kernel, candidate, block) for kernel, candidate in _both(tried, "dkv")}
+        dq_times = times_of(_both(tried, "dq"), block)
+        dkv_times = times_of(_both(tried, "dkv"), block)
         short_times: dict[Tile | None, float] = {None: 0.0}
         if block > 0:
             of_block = [tile for tile in _tiles(tried["short"]) if tile.block_m == block]
-            short_times = {tile: time_of("short", tile, block) for tile in of_block}
+            times_of_short = times_of([("short", tile) for tile in of_block], block)
+            short_times = {tile: times_of_short[tile] for tile in of_block}
         for dq, dkv, short in itertools.product(dq_times, dkv_times, short_times):
             totals[dq, dkv, short] = dq_times[dq] + dkv_times[dkv] + short_times[short]
         times[block] = dq_times, dkv_times
@@ -255,10 +257,14 @@ class Tuner:
                 self.left_out[str(setting)] = f"the table's tile for {kernel}, {describe(own)}, is itself left out"
                 return None
 
-        def time_of(kernel: str, candidate: Candidate, short: int) -> float:
-            return time_us(lambda i: bench.run(kernel, candidate, short, i))
+        def times_of(candidates: list[tuple[str, Candidate]], short: int) -> Times:
+            def calls_of(kernel: str, candidate: Candidate) -> Callable[[int], object]:
+                return lambda i: bench.run(kernel, candidate, short, i)
 
-        return choose(table, tried, time_of, bench.short_fraction)
+            times = times_us([calls_of(*pair) for pair in candidates])
+            return {candidate: time for (_, candidate), time in zip(candidates, times, strict=True)}
+
+        return choose(table, tried, times_of, bench.short_fraction)
 
     def _is_right(self, bench: Bench, job: Job) -> bool:
         worst = bench.disagreement(job.kernel, job.candidate)

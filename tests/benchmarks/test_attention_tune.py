@@ -101,10 +101,10 @@ def choose_by(table: Tiles, times: dict[tuple[str, Candidate, int], float], shor
     """The choice among all that have a time: by kernel, candidate and the short users that are left out."""
     tried = {kernel: list(dict.fromkeys(c for k, c, _ in times if k == kernel)) for kernel in KERNELS}
 
-    def time_of(kernel: str, candidate: Candidate, short: int) -> float:
-        return times[kernel, candidate, short]
+    def times_of(pairs: list[tuple[str, Candidate]], short: int) -> dict[Candidate, float]:
+        return {candidate: times[kernel, candidate, short] for kernel, candidate in pairs}
 
-    return choose(table, tried, time_of, lambda block: short_fraction).tiles
+    return choose(table, tried, times_of, lambda block: short_fraction).tiles
 
 
 BACKWARD = {("dq", A, 0): 10.0, ("dkv", A, 0): 10.0}
@@ -220,14 +220,13 @@ def tuner_of(tiles: Sequence[Tile], monkeypatch: pytest.MonkeyPatch) -> Tuner:
     def few(kernel: str, *_: object) -> list[Candidate]:
         return list(tiles) if kernel == "forward" else [getattr(TABLE, kernel)] if kernel in ("dq", "dkv") else []
 
-    ticks = itertools.count(0)
-
-    def fake_time(function: Callable[[int], object]) -> float:
-        function(0)
-        return 100.0 - 10.0 * next(ticks)
+    def fake_times(functions: Sequence[Callable[[int], object]]) -> list[float]:
+        for function in functions:
+            function(0)
+        return [100.0 - 10.0 * i for i in range(len(functions))]
 
     monkeypatch.setattr(tune, "candidates", few)
-    monkeypatch.setattr(tune, "time_us", fake_time)
+    monkeypatch.setattr(tune, "times_us", fake_times)
     monkeypatch.setattr(tune, "Bench", lambda setting, table, device: Bench(setting, table, device, 40))
     return Tuner([SMALL], MACHINE, CPU, 99 * 1024)
 
