@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, ROW_LIMIT
 from benchmarks.attention.candidates import Candidate
 from benchmarks.attention.shapes import Batch, Shape
-from benchmarks.attention.timing import CALLS_PER_REPLAY, Ready, copies_past_cache, time_in_turns
+from benchmarks.attention.timing import CALLS_PER_REPLAY, Ready, Timing, copies_past_cache, time_in_turns
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.forward import launch_forward
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
@@ -174,7 +174,11 @@ def times_us(functions: Sequence[Callable[[int], object]]) -> list[float]:
     pool = torch.cuda.graph_pool_handle()  # nobody reads the results, so that all graphs can write to the same memory
     replays = [_capture(function, pool) for function in functions]
     ready = [Ready(replay, CALLS_PER_REPLAY, "graph", call_ms=0.0, peak_mib=None) for replay in replays]
-    return [1e3 * timing.device_ms for timing in time_in_turns(ready, REPLAYS)]
+    timings = time_in_turns(ready, REPLAYS)
+    for timing in timings:
+        if isinstance(timing, Exception):
+            raise timing
+    return [1e3 * timing.device_ms for timing in timings if isinstance(timing, Timing)]
 
 
 def _capture(function: Callable[[int], object], pool: Any) -> Callable[[], None]:

@@ -7,10 +7,10 @@ import gc
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -139,18 +139,14 @@ def run_benchmark(options: Options) -> list[Row]:
         reference = Reference(batch, inputs[0])
         for mode in options.modes:
             group = [{**_described(batch, mode, name), **known_columns} for name in options.providers]
-            ready = []
-            for name, row in zip(options.providers, group, strict=True):
-                of_provider = _prepare(PROVIDERS[name], absent[name], batch, inputs, reference, mode, options.repeats)
-                row |= of_provider.row
-                ready.append(of_provider.ready)
-            for row, timing in zip(group, _time(ready, options.repeats), strict=True):
-                if timing is not None:
-                    row |= _figures(timing, work_of(batch, mode), _has_floor(batch.device))
+            measured = _measure(options, absent, batch, inputs, reference, mode)
+            for row, figures in zip(group, measured, strict=True):
+                row |= figures
                 if row["status"] != rows.ABSENT:
                     print(_line(row), flush=True)
-            del ready
             gc.collect()
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()
             rows.fill_ratios(group)
             everything += group
             if options.output is not None:  # at once, so that a comparison that is stopped keeps what it has
@@ -191,6 +187,31 @@ class Prepared(NamedTuple):
     ready: Ready | Timing | None = None
 
 
+def _measure(
+    options: Options,
+    absent: Mapping[str, str | None],
+    batch: Batch,
+    inputs: Sequence[Inputs],
+    reference: Reference,
+    mode: str,
+) -> list[Row]:
+    """Status and figures of all providers; whatever goes wrong in one is its status and reason."""
+    pool = torch.cuda.graph_pool_handle() if batch.device.type == "cuda" else None
+    prepared = []
+    for name in options.providers:
+        prepared.append(_prepare(PROVIDERS[name], absent[name], batch, inputs, reference, mode, options.repeats, pool))
+    turns = iter(time_in_turns([one.ready for one in prepared if isinstance(one.ready, Ready)], options.repeats))
+    measured = []
+    for row, ready in prepared:
+        timing = next(turns) if isinstance(ready, Ready) else ready
+        if isinstance(timing, Timing):
+            row = {**row, **_figures(timing, work_of(batch, mode), _has_floor(batch.device))}
+        elif timing is not None:
+            row = _failure(timing)
+        measured.append(row)
+    return measured
+
+
 def _prepare(
     provider: type[Provider],
     absent: str | None,
@@ -199,28 +220,38 @@ def _prepare(
     reference: Reference,
     mode: str,
     repeats: int,
+    pool: Any,
 ) -> Prepared:
-    """Status and errors of a row; whatever goes wrong in a provider is its status and reason."""
     if absent is not None:
         return Prepared({"status": rows.ABSENT, "reason": absent})
     refused = provider.refuses(batch)
     if refused is not None:
         return Prepared({"status": rows.UNSUPPORTED, "reason": refused})
     try:
-        return _check(provider, batch, inputs, reference, mode, repeats)
-    except torch.OutOfMemoryError as error:
-        return Prepared({"status": rows.OUT_OF_MEMORY, "reason": _short(error)})
-    except (ValueError, NotImplementedError) as error:
-        return Prepared({"status": rows.UNSUPPORTED, "reason": _short(error)})
+        return _check(provider, batch, inputs, reference, mode, repeats, pool)
     except Exception as error:  # a peer's own bug must not end the comparison
-        return Prepared({"status": rows.FAILED, "reason": f"{type(error).__name__}: {_short(error)}"})
+        return Prepared(_failure(error))
     finally:
         if batch.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
+def _failure(error: Exception) -> Row:
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": rows.OUT_OF_MEMORY, "reason": _short(error)}
+    if isinstance(error, ValueError | NotImplementedError):
+        return {"status": rows.UNSUPPORTED, "reason": _short(error)}
+    return {"status": rows.FAILED, "reason": f"{type(error).__name__}: {_short(error)}"}
+
+
 def _check(
-    provider: type[Provider], batch: Batch, inputs: Sequence[Inputs], reference: Reference, mode: str, repeats: int
+    provider: type[Provider],
+    batch: Batch,
+    inputs: Sequence[Inputs],
+    reference: Reference,
+    mode: str,
+    repeats: int,
+    pool: Any,
 ) -> Prepared:
     start = time.perf_counter()
     attention = provider(batch)
@@ -239,13 +270,7 @@ def _check(
         "relative_error": float(f"{errors.relative:.3g}"),
         "prepare_s": round(prepare_s, 2),
     }
-    return Prepared(row, prepare(attention, converted, mode, repeats))
-
-
-def _time(ready: Sequence[Ready | Timing | None], repeats: int) -> list[Timing | None]:
-    """Those that are ready take turns; the others are timed already, or are not timed."""
-    turns = iter(time_in_turns([one for one in ready if isinstance(one, Ready)], repeats))
-    return [next(turns) if isinstance(one, Ready) else one for one in ready]
+    return Prepared(row, prepare(attention, converted, mode, repeats, pool))
 
 
 def _figures(timing: Timing, work: Work, has_floor: bool) -> Row:

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,10 +92,13 @@ class Ready:
     peak_mib: float | None
 
 
-def prepare(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Ready | Timing:
+def prepare(
+    attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int, pool: Any = None
+) -> Ready | Timing:
     """Make a call that has run before (and so is compiled) ready to be timed.
 
-    What is so slow that it can't compete, and all on a CPU, is timed at once.
+    What is so slow that it can't compete, and all on a CPU, is timed at once. `pool` is the memory of a CUDA graph;
+    those that share it write over each other's results, which nobody reads.
     """
     if inputs[0].q.device.type != "cuda":
         return _measure_on_cpu(attention, inputs, mode, repeats)
@@ -102,38 +106,49 @@ def prepare(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: 
     if _queued_ms(attention, inputs, mode, repeats=1, calls=1) > SLOW_CALL_MS:
         device_ms = _queued_ms(attention, inputs, mode, SLOW_REPEATS, calls=1)
         return Timing(device_ms, _call_ms(attention, inputs, mode, SLOW_QUEUED_CALLS), "queued", peak_mib)
-    replay = _capture(attention, inputs, mode)
+    replay = _capture(attention, inputs, mode, pool)
     call_ms = _call_ms(attention, inputs, mode, QUEUED_CALLS)
     if replay is not None:
         return Ready(replay, CALLS_PER_REPLAY, "graph", call_ms, peak_mib)
     return Ready(_some_calls(attention, inputs, mode, CALLS_PER_REPLAY), CALLS_PER_REPLAY, "queued", call_ms, peak_mib)
 
 
-def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing]:
-    """The median of `repeats` turns of each, in an order that changes with every round and is the same in every run."""
+def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing | Exception]:
+    """The median of `repeats` turns of each, in an order that changes with every round and is the same in every run.
+
+    Whose calls fail has no further turns, and the error instead of a timing.
+    """
     if not ready:
         return []
-    order = list(range(len(ready)))
+    failed: dict[int, Exception] = {}
+    turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in ready]
     generator = random.Random(ORDER_SEED)
-    for one in ready:
-        one.calls()
-    turns = []
-    for _ in range(repeats):
-        generator.shuffle(order)
+    order = list(range(len(ready)))
+    for i_round in range(repeats + 1):
         for i in order:
+            if i in failed:
+                continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            ready[i].calls()
+            try:
+                ready[i].calls()
+            except Exception as error:  # of a provider that runs instead of being replayed
+                failed[i] = error
+                continue
             end.record()
-            turns.append((i, start, end))
+            if i_round > 0:  # the first warms up
+                turns[i].append((start, end))
+        generator.shuffle(order)
     torch.cuda.synchronize()
-    times: list[list[float]] = [[] for _ in ready]
-    for i, start, end in turns:
-        times[i].append(start.elapsed_time(end))
-    return [
-        Timing(statistics.median(of_one) / one.num_calls, one.call_ms, one.method, one.peak_mib)
-        for one, of_one in zip(ready, times, strict=True)
-    ]
+
+    def result(i: int) -> Timing | Exception:
+        if i in failed:
+            return failed[i]
+        times = [start.elapsed_time(end) for start, end in turns[i]]
+        one = ready[i]
+        return Timing(statistics.median(times) / one.num_calls, one.call_ms, one.method, one.peak_mib)
+
+    return [result(i) for i in range(len(ready))]
 
 
 def _measure_on_cpu(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Timing:
@@ -155,7 +170,7 @@ def _peak_mib(attention: Attention, inputs: Inputs, mode: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _capture(attention: Attention, inputs: Sequence[Inputs], mode: str) -> Callable[[], object] | None:
+def _capture(attention: Attention, inputs: Sequence[Inputs], mode: str, pool: Any) -> Callable[[], object] | None:
     """Replays `CALLS_PER_REPLAY` calls; None where they can't be captured."""
     try:
         stream = torch.cuda.Stream()
@@ -166,14 +181,15 @@ def _capture(attention: Attention, inputs: Sequence[Inputs], mode: str) -> Calla
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             for i in range(CALLS_PER_REPLAY):
                 run_once(attention, inputs[i % len(inputs)], mode)
     except Exception:  # whatever a call did that a capture forbids, in its own library's words; or no memory for a copy
         torch.cuda.synchronize()
         return None
 
-    def replay(inputs: Sequence[Inputs] = inputs) -> None:  # the graph reads them: they have to live as long as it does
+    # The graph reads the inputs, and what a provider keeps, such as masks: they have to live as long as it does.
+    def replay(_read: object = (attention, inputs)) -> None:
         graph.replay()
 
     return replay

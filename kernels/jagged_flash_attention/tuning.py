@@ -34,7 +34,7 @@ from kernels.jagged_flash_attention.launch import INTERPRETED, check_fields, is_
 
 PADDED_HEAD_DIMS = (16, 32, 64, 128, 256)
 FILE_VARIABLE = "KERNELS_TUNING_FILE"
-FILE_FORMAT = 2
+FILE_FORMAT = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -88,6 +88,16 @@ class Tiles:
 
     hopper_dkv: TwoGroupBackwardConfig | OneGroupConfig | None = None
     """The same of `dkv`."""
+
+    def __post_init__(self) -> None:
+        """ValueError for what a configuration can say, but its kernel can't do."""
+        for kernel in ("hopper_forward", "hopper_dq", "hopper_dkv"):
+            config = getattr(self, kernel)
+            if isinstance(config, OneGroupConfig):
+                allowed = {"block_n": (64, 128) if kernel == "hopper_forward" else (64,)}
+                check_fields(config, kernel, {**allowed, "in_pairs": (False, kernel == "hopper_dkv")})
+        if isinstance(self.hopper_dkv, TwoGroupBackwardConfig):
+            check_fields(self.hopper_dkv, "hopper_dkv", {"num_stages": (3,)})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from benchmarks.attention.providers import PROVIDERS, Provider, flex_block_mask
 from benchmarks.attention.rows import Row, best_peer, fill_ratios, table
 from benchmarks.attention.run import Options, main, parse_options, run_benchmark
 from benchmarks.attention.shapes import SHAPES, Batch, Inputs, Shape, parse_shape, visible_pairs, work_of
-from benchmarks.attention.timing import MODES, Ready, copies_past_cache, run_once, time_in_turns
+from benchmarks.attention.timing import MODES, Ready, Timing, copies_past_cache, run_once, time_in_turns
 from kernels.jagged_flash_attention import dense_mask
 from tests.conftest import INTERPRETED
 
@@ -504,9 +504,20 @@ def test_providers_take_turns_in_a_changing_order(monkeypatch: pytest.MonkeyPatc
 
         return Ready(some_calls, num_calls, "graph", call_ms=2 * ms, peak_mib=None)
 
-    timings = time_in_turns([provider("a", 1.0, 10), provider("b", 2.0, 10), provider("c", 3.0, 5)], repeats=9)
-    assert [timing.device_ms for timing in timings] == [1.0, 2.0, 3.0]
-    assert [timing.call_ms for timing in timings] == [2.0, 4.0, 6.0]
+    def breaks() -> None:
+        calls.append("broken")
+        if calls.count("broken") == 3:
+            raise torch.OutOfMemoryError("no memory")
+
+    broken = Ready(breaks, 10, "queued", call_ms=1.0, peak_mib=None)
+    providers = [provider("a", 1.0, 10), broken, provider("b", 2.0, 10), provider("c", 3.0, 5)]
+    a, error, b, c = time_in_turns(providers, repeats=9)
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert calls.count("broken") == 3
+    calls = [name for name in calls if name != "broken"]
+    for timing, ms in ((a, 1.0), (b, 2.0), (c, 3.0)):
+        assert isinstance(timing, Timing)
+        assert (timing.device_ms, timing.call_ms) == (ms, 2 * ms)
     assert calls[:3] == ["a", "b", "c"]  # not timed
     rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]
     assert len(rounds) == 9
@@ -515,10 +526,24 @@ def test_providers_take_turns_in_a_changing_order(monkeypatch: pytest.MonkeyPatc
     assert time_in_turns([], repeats=9) == []
 
 
+def test_what_fails_in_its_turn_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = Ready(lambda: None, 10, "queued", call_ms=1.0, peak_mib=None)
+    monkeypatch.setattr(run, "prepare", lambda *args: ready)
+    errors = iter([torch.OutOfMemoryError("no memory"), RuntimeError("a bug")] * 2)
+    monkeypatch.setattr(run, "time_in_turns", lambda ready, repeats: [next(errors) for _ in ready])
+    found = run_benchmark(options_of("--device cpu --shapes tiny --providers dense,sdpa"))
+    assert [row["status"] for row in found] == ["out of memory", "failed"] * 2
+    assert [row["reason"] for row in found] == ["no memory", "RuntimeError: a bug"] * 2
+    assert all(row.get("device_ms") is None for row in found)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("causal", ["true", "false"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_graph_is_replayed_on_a_gpu(mode: str) -> None:
-    options = options_of(f"--device cuda --shapes tiny --providers varlen,jagged_flash --modes {mode}")
+def test_graphs_are_replayed_on_a_gpu(mode: str, causal: str) -> None:
+    """Providers that keep masks and indices beside their inputs too: the graphs read them after all are ready."""
+    shape = f"name=own,users=6,heads=2,head_dim=32,mean=20,max=48,targets=2,causal={causal}"
+    options = options_of(f"--device cuda --shape {shape} --providers dense,sdpa,varlen,jagged_flash --modes {mode}")
     for row in run_benchmark(options):
         assert (row["status"], row["method"]) == ("ok", "graph"), row
         assert row["device_ms"] <= row["call_ms"] * 1.5

@@ -33,10 +33,10 @@ TILES = Tiles(
     hopper_dkv=TwoGroupBackwardConfig(3),
 )
 OTHERS = Tiles(forward=Tile(16, 16, 1, 1), dkv=Tile(16, 16, 1, 1), dq=Tile(16, 16, 1, 1))
-PERSISTENT = replace(OTHERS, hopper_forward=OneGroupConfig(3, 2, block_n=128), hopper_dkv=OneGroupConfig(4, 2))
+ONE_GROUP = replace(OTHERS, hopper_forward=OneGroupConfig(3, 2, block_n=128), hopper_dkv=OneGroupConfig(4, 2))
 ROWS = (
     TunedRow(torch.bfloat16, 64, 512, True, TILES),
-    TunedRow(torch.bfloat16, 64, 2048, True, PERSISTENT),
+    TunedRow(torch.bfloat16, 64, 2048, True, ONE_GROUP),
     TunedRow(torch.float32, 16, 512, False, OTHERS),
 )
 
@@ -198,7 +198,7 @@ def changed(**changes: Any) -> str:
         **changes.pop("row", {}),
     }
     machine = {"gpu": "NVIDIA H200", "compute_capability": [9, 0], "triton": "3.6.0"}
-    return json.dumps({"format": 2, **machine, "command": "", "rows": [row], **changes})
+    return json.dumps({"format": 3, **machine, "command": "", "rows": [row], **changes})
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def changed(**changes: Any) -> str:
         (changed(gpu="NVIDIA A100"), "expected gpu NVIDIA H200; found NVIDIA A100"),
         (changed(compute_capability=[8, 0]), r"expected compute_capability \[9, 0\]; found \[8, 0\]"),
         (changed(triton="3.7.1"), "expected triton 3.6.0; found 3.7.1"),
-        (changed(format=1), "expected format 2; found 1"),
+        (changed(format=2), "expected format 3; found 2"),
         (changed(colour="red"), "expected the fields format, gpu, .* command, rows; found format, .*, colour"),
         (changed(rows={}), "expected a list of rows"),
         (changed(rows=[3]), r"rows\[0\] is 3; expected fields and values"),
@@ -229,6 +229,17 @@ def changed(**changes: Any) -> str:
         ),
         (changed(tiles={"hopper_forward": {"num_stages": 2, "block_n": 32}}), "block_n=32; allowed are 64, 128"),
         (changed(tiles={"hopper_dq": {"num_stages": 1}}), "a backward of two groups with num_stages=1"),
+        (changed(tiles={"hopper_dkv": {"num_stages": 4}}), "a backward of two groups with num_stages=4"),
+        (changed(tiles={"hopper_dkv": {"num_stages": 2}}), "hopper_dkv with num_stages=2; allowed are 3"),
+        (changed(tiles={"hopper_forward": {"num_stages": 3, "block_n": 128}}), "block_n=128, with num_stages=3"),
+        (
+            changed(tiles={"hopper_dq": {"num_stages": 2, "programs_per_sm": 2, "in_pairs": True}}),
+            "hopper_dq with in_pairs=True",
+        ),
+        (
+            changed(tiles={"hopper_dkv": {"num_stages": 2, "programs_per_sm": 2, "block_n": 128}}),
+            "hopper_dkv with block_n=128; allowed are 64",
+        ),
         (changed(rows=json.loads(changed())["rows"] * 2), "expected one row per .*; found two"),
         ("[]", "expected the fields .* found list"),
         ("{", "Expecting"),

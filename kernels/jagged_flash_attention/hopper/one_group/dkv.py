@@ -149,7 +149,7 @@ def begin_queries(
 
 
 @gluon.jit  # pragma: no cover
-def mask_scores(b_s, o_diagonal, BM: gl.constexpr, layout_s: gl.constexpr):
+def mask_diagonal(b_s, o_diagonal, BM: gl.constexpr, layout_s: gl.constexpr):
     """-inf where key i comes after query i + o_diagonal."""
     o_m = gl.arange(0, BM, gl.SliceLayout(0, layout_s))[None, :]
     o_n = gl.arange(0, GROUP, gl.SliceLayout(1, layout_s)) + o_diagonal
@@ -172,7 +172,7 @@ def visit_queries(
     b_lse = lse_slots.index(slot).load(layout_row)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     if EDGE:
-        b_s = mask_scores(b_s, o_diagonal, BM, layout_s)
+        b_s = mask_diagonal(b_s, o_diagonal, BM, layout_s)
     b_p = gl.exp2(b_s * scale_log2 - b_lse[None, :])
     b_delta = delta_slots.index(slot).load(layout_row)  # not earlier, it would cost registers
     b_left = gl.convert_layout(b_p.to(dtype), layout_p)
@@ -442,7 +442,6 @@ def launch_one_group_dkv(
         config: how to compute it.
     """
     L, H, D = q.shape
-    assert config.block_n == BLOCK, "tiles of other sizes are for the forward"
     num_kv = k.shape[1]
     if L == 0 or key_tiles.shape[0] == 0:
         return

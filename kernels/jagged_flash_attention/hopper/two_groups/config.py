@@ -32,7 +32,9 @@ class TwoGroupForwardConfig:
     """Queries of an item."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "a forward of two groups", {"block_n": (64, 128), "num_stages": range(2, 9)})
+        check_fields(self, "a forward of two groups", {"block_n": (64, 128)})
+        most = 320 // self.block_n  # that fit beside the queries
+        check_fields(self, f"a forward of two groups with block_n={self.block_n},", {"num_stages": range(2, most + 1)})
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class TwoGroupBackwardConfig:
     """How a program is laid out; no setting changes what is computed."""
 
     num_stages: int
-    """Slots of the ring, at least 2; of dk and dv 3."""
+    """Slots of the ring: 2 or 3, of dk and dv 3; more don't fit."""
 
     block: ClassVar[int] = BLOCK
     """Queries of an item; of dk and dv keys."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "a backward of two groups", {"num_stages": range(2, 9)})
+        check_fields(self, "a backward of two groups", {"num_stages": (2, 3)})

@@ -319,7 +319,7 @@ def dkv_partition(
     mbarrier.wait(item_ready.index(0), 0)
     n = get(item_slots.index(2))
     while n > 0:
-        if GROUP_INDEX == 0:
+        if GROUP_INDEX == 0:  # it always has rows, which saves it a branch around all it does
             slot, phase = visit_item(
                 slots, own_slots, barriers, memory, strides, outputs, sizes, item_slot, slot, phase,
                 NUM_KV, HEADS_PER_KV, D, STAGES, CAUSAL, HAS_TARGETS, GROUP_INDEX,

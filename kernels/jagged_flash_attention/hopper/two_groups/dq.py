@@ -290,7 +290,7 @@ def dq_partition(
         first = get(item_slots.index(item_slot * NUM_FIELDS + 3))
         h = get(item_slots.index(item_slot * NUM_FIELDS + 4))
         num_tiles = count_key_tiles(first + GROUP_INDEX * GROUP, h, GROUP, BN, CAUSAL)
-        if GROUP_INDEX == 0:
+        if GROUP_INDEX == 0:  # it always has rows, which saves it a branch around all it does
             # The first tile may be one that only the other group sees.
             num_passed = count_key_tiles(first + GROUP, h, GROUP, BN, CAUSAL) - num_tiles
             slot, phase = pass_tiles(k_ready, k_free, v_ready, v_free, num_passed, slot, phase, STAGES)
