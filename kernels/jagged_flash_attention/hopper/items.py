@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 ITEM_SLOTS = gl.constexpr(2)  # items that are on the chip
 # Of an item in shared memory: head, first row, rows, first row of the tile, history keys, ...
@@ -74,16 +73,6 @@ def put_item(i_h, bos, n, i_m, h, slots, slot):
     put(n, slots.index(slot * NUM_FIELDS + 2))
     put(i_m, slots.index(slot * NUM_FIELDS + 3))
     put(h, slots.index(slot * NUM_FIELDS + 4))
-
-
-@gluon.jit  # pragma: no cover
-def load_keys_with_values(desc_k, desc_v, row, column_k, column_v, k_slots, v_slots, free, ready, slot, phase):
-    """A tile of keys and one of values into their slots, once these are free."""
-    mbarrier.wait(free.index(slot), phase)
-    is_ready = ready.index(slot)
-    mbarrier.expect(is_ready, 2 * desc_k.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc_k, [row, column_k], is_ready, k_slots.index(slot))
-    tma.async_copy_global_to_shared(desc_v, [row, column_v], is_ready, v_slots.index(slot))
 
 
 @gluon.jit  # pragma: no cover

@@ -48,11 +48,11 @@ from kernels.jagged_flash_attention.hopper.items import (
     get,
     leave,
     load_item,
-    load_keys_with_values,
     num_programs,
     put_item,
 )
 from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, OneGroupConfig, registers_of
+from kernels.jagged_flash_attention.hopper.one_group.ring import load_keys_with_values
 from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
