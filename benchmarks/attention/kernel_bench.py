@@ -92,9 +92,10 @@ class Bench:
         if kernel == "hopper_forward":
             assert isinstance(candidate, TwoGroupForwardConfig | OneGroupConfig)
             (tiles,) = self.schedule.query_tiles([candidate.block], self.call.causal)
+            lse = self._empty_lse()
             if isinstance(candidate, OneGroupConfig):
-                return launch_one_group_forward(*self.inputs[i][:3], tiles, self.call, candidate)
-            return launch_two_group_forward(*self.inputs[i][:3], tiles, self.call, candidate)
+                return launch_one_group_forward(*self.inputs[i][:3], tiles, self.call, candidate, lse), lse
+            return launch_two_group_forward(*self.inputs[i][:3], tiles, self.call, candidate, lse), lse
         if kernel == "forward":
             assert isinstance(candidate, Tile)
             return self.run_forward(candidate, i)
@@ -106,7 +107,12 @@ class Bench:
     def run_forward(self, tile: Tile, i: int) -> tuple[Tensor, Tensor]:
         q, k, v, _ = self.inputs[i]
         (tiles,) = self.schedule.query_tiles([tile.block_m], self.call.causal)
-        return launch_forward(q, k, v, tiles, self.call, tile)
+        lse = self._empty_lse()
+        return launch_forward(q, k, v, tiles, self.call, tile, lse), lse
+
+    def _empty_lse(self) -> Tensor:
+        q = self.inputs[0][0]
+        return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
     def disagreement(self, kernel: str, candidate: Candidate) -> float:
         """How far results with a candidate are from those with the table's tiles; above 1 one of them is wrong."""

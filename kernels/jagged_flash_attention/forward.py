@@ -137,7 +137,7 @@ def jagged_flash_attention_forward_kernel(
     p_k,  # (keys, H // G, D)
     p_v,
     p_out,  # (L, H, D), contiguous
-    p_lse,  # (H, L), float32, base 2
+    p_lse,  # (H, L), float32, base 2, written only with HAS_LSE
     p_tiles,  # (entries, 8), tiles of BM queries
     p_seed,  # (1,) int64, read only with DROPOUT
     stride_ql,
@@ -164,6 +164,7 @@ def jagged_flash_attention_forward_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
+    HAS_LSE: tl.constexpr,
 ):
     """One tile of BM queries of one user and head."""
     pid = tl.program_id(0)
@@ -212,32 +213,41 @@ def jagged_flash_attention_forward_kernel(
     b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
     if DROPOUT:
         b_norm = b_norm * keep_scale
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(b_sum))
     store_tile(p_out + (q_start * H + i_h) * D, b_acc * b_norm[:, None], i_m, n, H * D, D, BM, BD)
-    o_m = i_m + tl.arange(0, BM)
-    tl.store(p_lse + i_h.to(tl.int64) * L + q_start + o_m, b_lse, mask=o_m < n)
+    if HAS_LSE:
+        b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(b_sum))
+        o_m = i_m + tl.arange(0, BM)
+        tl.store(p_lse + i_h.to(tl.int64) * L + q_start + o_m, b_lse, mask=o_m < n)
 
 
 launch = Launcher(jagged_flash_attention_forward_kernel, "num_warps", "num_stages", "maxnreg")
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, tile: Tile, seed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Output `(L, H, D)` in q's dtype and base-2 log-sum-exp `(H, L)` in float32, both contiguous.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    call: Call,
+    tile: Tile,
+    lse: Tensor | None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Output `(L, H, D)`, contiguous, in q's dtype.
 
     Args:
         q, k, v: `(L, H, D)` and twice `(keys, H // G, D)`, contiguous in the last dimension.
         tiles: `(entries, 8)`, the tiles of `tile.block_m` queries; see tile_lists.py.
         call: mask, scale and dropout.
         tile: how to compute it.
+        lse: `(H, L)`, float32 and contiguous, written: log-sum-exp in base 2, which the backward needs; None: nobody
+            wants it.
         seed: `(1,)` int64, where there is dropout.
     """
     L, H, D = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((H, L), dtype=torch.float32)
     if L == 0 or tiles.shape[0] == 0:
-        return out, lse
+        return out
     stride_ql, stride_qh, _ = q.stride()
     stride_kl, stride_kh, _ = k.stride()
     stride_vl, stride_vh, _ = v.stride()
@@ -245,13 +255,13 @@ def launch_forward(
     launch(
         grid_of(tiles, H),
         (desc_k, desc_v),
-        (q, k, v, out, lse, tiles, tiles if seed is None else seed),
+        (q, k, v, out, out if lse is None else lse, tiles, tiles if seed is None else seed),
         (stride_ql, stride_qh, stride_kl, stride_kh, stride_vl, stride_vh),
         (L, call.window or 0, call.scale_log2, call.drop_below, call.keep_scale),
         (
             H, H // k.shape[1], D, tile.block_m, tile.block_n, next_power_of_2(D), *call.constants,
-            desc_k is not None, tile.split,
+            desc_k is not None, tile.split, lse is not None,
         ),
         (tile.num_warps, tile.num_stages, tile.max_registers),
     )  # fmt: skip
-    return out, lse
+    return out

@@ -138,7 +138,7 @@ def jagged_flash_attention(
         lists = make_lists((offsets, q.shape[0], max_seqlen), keys, num_targets, specs, check_values=True)
     # Autograd would have nothing to record; only forward derivatives and torch.func are for it to refuse.
     if not has_gradient and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
-        return _run_forward(q, k, v, lists[0], seed, plan)[0]
+        return _run_forward(q, k, v, lists[0], seed, plan, None)
     out = _Attention.apply(q, k, v, (lists, seed), plan)
     assert isinstance(out, Tensor)
     return out
@@ -214,21 +214,26 @@ def _interpretable(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
+def _empty_lse(q: Tensor) -> Tensor:
+    """For log-sum-exp."""
+    return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
 def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, query_tiles: Tensor, seed: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp."""
+    q: Tensor, k: Tensor, v: Tensor, query_tiles: Tensor, seed: Tensor | None, plan: Plan, lse: Tensor | None
+) -> Tensor:
+    """Output, and `lse` is written, if somebody wants it."""
     call, tiles = plan.call, plan.tiles
     config = tiles.hopper_forward if plan.for_hopper else None
     if isinstance(config, OneGroupConfig):
-        return launch_one_group_forward(q, k, v, query_tiles, call, config)
+        return launch_one_group_forward(q, k, v, query_tiles, call, config, lse)
     if config is not None:
-        return launch_two_group_forward(q, k, v, query_tiles, call, config)
+        return launch_two_group_forward(q, k, v, query_tiles, call, config, lse)
     dtype = q.dtype
     if INTERPRETED:
         q, k, v = map(_interpretable, (q, k, v))
-    out, lse = launch_forward(q, k, v, query_tiles, call, tiles.forward, seed)
-    return out.to(dtype) if INTERPRETED else out, lse
+    out = launch_forward(q, k, v, query_tiles, call, tiles.forward, lse, seed)
+    return out.to(dtype) if INTERPRETED else out
 
 
 def _run_backward(
@@ -263,7 +268,8 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: tuple[list[Tensor], Tensor | None], plan: Plan
     ) -> Tensor:
         lists, seed = batch
-        out, lse = _run_forward(q, k, v, lists[0], seed, plan)
+        lse = _empty_lse(q)
+        out = _run_forward(q, k, v, lists[0], seed, plan, lse)
         ctx.save_for_backward(q, k, v, out, lse, *lists[1:], seed)
         ctx.plan = plan
         return out
@@ -324,7 +330,8 @@ def _forward(
     plan = _plan_of_traced(q, blocks, longest, for_hopper, *call)
     if plan.uses_copy_engine:
         q, k, v = readable_by_tma(q), readable_by_tma(k), readable_by_tma(v)
-    return _run_forward(q, k, v, forward_tiles, seed, plan)
+    lse = _empty_lse(q)
+    return _run_forward(q, k, v, forward_tiles, seed, plan, lse), lse
 
 
 def _backward(

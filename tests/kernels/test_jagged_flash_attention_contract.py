@@ -371,6 +371,22 @@ def test_fake_tensors_outside_their_mode(kernel_device: torch.device) -> None:
     assert jagged_flash_attention(*fake, case.max_seqlen).shape == qkv[0].shape
 
 
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("has_candidates", [False, True], ids=["history", "candidates"])
+def test_no_log_sum_exp_without_a_gradient(
+    head_dim: int, has_candidates: bool, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    """Nobody reads it then, so there is neither memory for it nor a store; the output is the same."""
+    dtype = torch.float32 if kernel_device.type == "cpu" else torch.bfloat16
+    case = Case([5, 0, 20, 33], head_dim=head_dim, dtype=dtype, has_candidates=has_candidates).on_device(kernel_device)
+    q, k, v, _ = case.make_qkvg(kernel_device)
+    args, options = (case.make_offsets(kernel_device), case.max_seqlen), case.options(kernel_device)
+    with_gradient = jagged_flash_attention(q.requires_grad_(), k, v, *args, **options)
+    monkeypatch.setattr(op, "_empty_lse", lambda q: pytest.fail("memory for log-sum-exp"))
+    with torch.no_grad():
+        assert torch.equal(jagged_flash_attention(q, k, v, *args, **options), with_gradient)
+
+
 def test_a_schedule_used_in_inference_serves_training(kernel_device: torch.device) -> None:
     case = Case([6, 3])
     *qkv, dout = case.make_qkvg(kernel_device)

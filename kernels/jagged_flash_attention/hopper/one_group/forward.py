@@ -142,7 +142,7 @@ def visit_next_tile(
 def attend_partition(
     slots, barriers, memory, L, scale_log2, H: gl.constexpr, HEADS_PER_KV: gl.constexpr, D: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_TARGETS: gl.constexpr, IN_REGISTERS: gl.constexpr, SERIAL: gl.constexpr,
+    HAS_TARGETS: gl.constexpr, IN_REGISTERS: gl.constexpr, SERIAL: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     """Softmax attention of one item after the other."""
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])  # (BM, BN)
@@ -204,9 +204,10 @@ def attend_partition(
         q_tile.store((b_acc * reciprocal(b_sum)[:, None]).to(dtype))
         mbarrier.arrive(kv_free.index(slot))  # here, because warps meet before the next step anyway
         slot, phase = next_slot(slot, phase, STAGES)
-        o_m = gl.arange(0, BM, layout_acc_row)
-        p_rows = p_lse + i_h.to(gl.int64) * L + row
-        gl.store(p_rows + o_m, b_shift + log2(b_sum), mask=o_m < num_rows)
+        if HAS_LSE:
+            o_m = gl.arange(0, BM, layout_acc_row)
+            p_rows = p_lse + i_h.to(gl.int64) * L + row
+            gl.store(p_rows + o_m, b_shift + log2(b_sum), mask=o_m < num_rows)
         o_m = gl.arange(0, BM, gl.SliceLayout(1, layout_out))[:, None]
         o_d = gl.arange(0, D, gl.SliceLayout(0, layout_out))[None, :]
         p_rows = p_out + (row * H + i_h) * D
@@ -228,7 +229,7 @@ def hopper_one_group_forward_kernel(
     p_k,  # (L, H_kv, D)
     p_v,
     p_out,  # (L, H, D), contiguous
-    p_lse,  # (H, L), float32, base 2
+    p_lse,  # (H, L), float32, base 2, written only with HAS_LSE
     p_tiles,  # (capacity, 8), int32, tiles of BM queries
     stride_ql,
     stride_qh,
@@ -250,6 +251,7 @@ def hopper_one_group_forward_kernel(
     HAS_TARGETS: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
     SERIAL: gl.constexpr,
+    HAS_LSE: gl.constexpr,
 ):
     """Items until there are no more."""
     gl.static_assert(STAGES >= 2, "a tile is waited for while another one is held")
@@ -280,7 +282,7 @@ def hopper_one_group_forward_kernel(
         [
             (attend_partition, (
                 slots, barriers, memory, L, scale_log2,
-                H, HEADS_PER_KV, D, BM, BN, Q_STAGES, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS, SERIAL,
+                H, HEADS_PER_KV, D, BM, BN, Q_STAGES, STAGES, CAUSAL, HAS_TARGETS, IN_REGISTERS, SERIAL, HAS_LSE,
             )),
             (load_partition, (
                 descs, slots, barriers, p_tiles, num_items, strides,
@@ -313,9 +315,9 @@ launch = Launcher(hopper_one_group_forward_kernel, "num_warps", "maxnreg", "laun
 
 
 def launch_one_group_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, config: OneGroupConfig
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of self attention, as `launch_forward` gives them.
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, config: OneGroupConfig, lse: Tensor | None
+) -> Tensor:
+    """Output of self attention, as `launch_forward` gives it.
 
     Args:
         q: `(L, H, D)`, see `common.supports`; like k and v as TMA can read it (`common.readable_by_tma`).
@@ -323,23 +325,23 @@ def launch_one_group_forward(
         tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see tile_lists.py. Not to be used on two streams at once.
         call: mask and scale.
         config: how to compute it.
+        lse: as for `launch_forward`.
     """
     L, H, D = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((H, L), dtype=torch.float32)
     if L == 0 or tiles.shape[0] == 0:
-        return out, lse
+        return out
     (num_items,) = grid_of(tiles, H)
     launch(
         (num_programs(tiles, num_items, config.programs_per_sm),),
         (matrix_of_heads(q, BLOCK), matrix_of_heads(k, config.block_n), matrix_of_heads(v, config.block_n)),
-        (q, k, v, out, lse, tiles),
+        (q, k, v, out, out if lse is None else lse, tiles),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (L, num_items, call.scale_log2),
         (
             H, H // k.shape[1], D, BLOCK, config.block_n, ITEM_SLOTS.value, config.num_stages, call.causal,
-            call.has_targets, config.in_registers, is_serial(D, config.programs_per_sm),
+            call.has_targets, config.in_registers, is_serial(D, config.programs_per_sm), lse is not None,
         ),
         (4, registers_of(config.programs_per_sm), True),
     )  # fmt: skip
-    return out, lse
+    return out

@@ -194,7 +194,7 @@ def attend(
 def attend_item(
     slots, barriers, memory, L, scale_log2, item_slot, num_tiles, slot, phase, H: gl.constexpr,
     HEADS_PER_KV: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_TARGETS: gl.constexpr, GROUP_INDEX: gl.constexpr,
+    HAS_TARGETS: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_INDEX: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a group's queries of an item, of which it has at least one.
 
@@ -227,9 +227,10 @@ def attend_item(
                 stride_ql, stride_kl, stride_vl, num_before, num_rows, scale_log2, GROUP, D, layout_acc,
             )  # fmt: skip
 
-    o_m = gl.arange(0, GROUP, gl.SliceLayout(1, layout_acc))
-    p_rows = p_lse + i_h.to(gl.int64) * L + row
-    gl.store(p_rows + o_m, b_shift + log2(b_sum), mask=o_m < num_rows)
+    if HAS_LSE:
+        o_m = gl.arange(0, GROUP, gl.SliceLayout(1, layout_acc))
+        p_rows = p_lse + i_h.to(gl.int64) * L + row
+        gl.store(p_rows + o_m, b_shift + log2(b_sum), mask=o_m < num_rows)
     # By way of shared memory, where the queries were, so that a warp writes whole rows.
     q_slot.store((b_acc * reciprocal(b_sum)[:, None]).to(dtype))
     o_m = gl.arange(0, GROUP, gl.SliceLayout(1, layout_out))[:, None]
@@ -243,7 +244,8 @@ def attend_item(
 @gluon.jit  # pragma: no cover
 def attend_partition(
     slots, barriers, memory, L, scale_log2, H: gl.constexpr, HEADS_PER_KV: gl.constexpr, D: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_TARGETS: gl.constexpr, GROUP_INDEX: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_TARGETS: gl.constexpr, HAS_LSE: gl.constexpr,
+    GROUP_INDEX: gl.constexpr,
 ):  # fmt: skip
     """A group's 64 queries of one item after the other."""
     _, _, _, item_slots = slots
@@ -264,13 +266,13 @@ def attend_partition(
             slot, phase = pass_tiles(k_ready, k_free, v_ready, v_free, num_passed, slot, phase, STAGES)
             slot, phase = attend_item(
                 slots, barriers, memory, L, scale_log2, item_slot, num_tiles, slot, phase,
-                H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, GROUP_INDEX,
+                H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, HAS_LSE, GROUP_INDEX,
             )  # fmt: skip
         else:
             if first + GROUP < n:
                 slot, phase = attend_item(
                     slots, barriers, memory, L, scale_log2, item_slot, num_tiles, slot, phase,
-                    H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, GROUP_INDEX,
+                    H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, HAS_LSE, GROUP_INDEX,
                 )  # fmt: skip
             else:  # the user ends before this group's rows
                 slot, phase = pass_tiles(k_ready, k_free, v_ready, v_free, num_tiles, slot, phase, STAGES)
@@ -290,7 +292,7 @@ def hopper_two_group_forward_kernel(
     p_k,  # (L, H_kv, D)
     p_v,
     p_out,  # (L, H, D), contiguous
-    p_lse,  # (H, L), float32, base 2
+    p_lse,  # (H, L), float32, base 2, written only with HAS_LSE
     p_tiles,  # (capacity, 8), int32, tiles of 128 queries
     stride_ql,
     stride_qh,
@@ -308,6 +310,7 @@ def hopper_two_group_forward_kernel(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     HAS_TARGETS: gl.constexpr,
+    HAS_LSE: gl.constexpr,
     GROUP_REGISTERS: gl.constexpr,
 ):
     """Items until there are no more."""
@@ -341,10 +344,10 @@ def hopper_two_group_forward_kernel(
     gl.warp_specialize(
         [
             (attend_partition, (
-                slots, barriers, memory, L, scale_log2, H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, 0,
+                slots, barriers, memory, L, scale_log2, H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, HAS_LSE, 0,
             )),
             (attend_partition, (
-                slots, barriers, memory, L, scale_log2, H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, 1,
+                slots, barriers, memory, L, scale_log2, H, HEADS_PER_KV, D, BN, STAGES, CAUSAL, HAS_TARGETS, HAS_LSE, 1,
             )),
             (load_partition, (
                 descs, slots, barriers, p_tiles, num_items, (stride_qh, stride_kh, stride_vh),
@@ -365,9 +368,9 @@ launch = Launcher(hopper_two_group_forward_kernel, "num_warps", "maxnreg", "laun
 
 
 def launch_two_group_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, config: TwoGroupForwardConfig
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of self attention, as `launch_forward` gives them.
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, call: Call, config: TwoGroupForwardConfig, lse: Tensor | None
+) -> Tensor:
+    """Output of self attention, as `launch_forward` gives it.
 
     Args:
         q: `(L, H, D)`, see `common.supports`; like k and v as TMA can read it (`common.readable_by_tma`).
@@ -375,20 +378,23 @@ def launch_two_group_forward(
         tiles: `(entries, 8)`, the tiles of `BLOCK` queries; see tile_lists.py. Not to be used on two streams at once.
         call: mask and scale.
         config: how to compute it.
+        lse: as for `launch_forward`.
     """
     L, H, D = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((H, L), dtype=torch.float32)
     if L == 0 or tiles.shape[0] == 0:
-        return out, lse
+        return out
     (num_items,) = grid_of(tiles, H)
     launch(
         (num_programs(tiles, num_items, 1),),
         (matrix_of_heads(q, BLOCK // 2), matrix_of_heads(k, config.block_n), matrix_of_heads(v, config.block_n)),
-        (q, k, v, out, lse, tiles),
+        (q, k, v, out, out if lse is None else lse, tiles),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (L, num_items, call.scale_log2),
-        (H, H // k.shape[1], D, config.block_n, config.num_stages, call.causal, call.has_targets, GROUP_REGISTERS),
+        (
+            H, H // k.shape[1], D, config.block_n, config.num_stages, call.causal, call.has_targets, lse is not None,
+            GROUP_REGISTERS,
+        ),
         (4, REGISTERS, True),
-    )
-    return out, lse
+    )  # fmt: skip
+    return out
