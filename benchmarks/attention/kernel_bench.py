@@ -14,9 +14,9 @@ from torch import Tensor
 from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, ROW_LIMIT
 from benchmarks.attention.candidates import Candidate
 from benchmarks.attention.shapes import Batch, Shape
-from benchmarks.attention.timing import CALLS_PER_REPLAY, Ready, Timing, copies_past_cache, time_in_turns
+from benchmarks.attention.timing import CALLS_PER_REPLAY, capture, copies_past_cache, ms_in_turns
 from kernels.jagged_flash_attention.backward import launch_backward
-from kernels.jagged_flash_attention.forward import launch_forward
+from kernels.jagged_flash_attention.forward import empty_lse, launch_forward
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.hopper.one_group.forward import launch_one_group_forward
 from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupForwardConfig
@@ -92,7 +92,7 @@ class Bench:
         if kernel == "hopper_forward":
             assert isinstance(candidate, TwoGroupForwardConfig | OneGroupConfig)
             (tiles,) = self.schedule.query_tiles([candidate.block], self.call.causal)
-            lse = self._empty_lse()
+            lse = empty_lse(self.inputs[i][0])
             if isinstance(candidate, OneGroupConfig):
                 return launch_one_group_forward(*self.inputs[i][:3], tiles, self.call, candidate, lse), lse
             return launch_two_group_forward(*self.inputs[i][:3], tiles, self.call, candidate, lse), lse
@@ -107,12 +107,8 @@ class Bench:
     def run_forward(self, tile: Tile, i: int) -> tuple[Tensor, Tensor]:
         q, k, v, _ = self.inputs[i]
         (tiles,) = self.schedule.query_tiles([tile.block_m], self.call.causal)
-        lse = self._empty_lse()
+        lse = empty_lse(q)
         return launch_forward(q, k, v, tiles, self.call, tile, lse), lse
-
-    def _empty_lse(self) -> Tensor:
-        q = self.inputs[0][0]
-        return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
     def disagreement(self, kernel: str, candidate: Candidate) -> float:
         """How far results with a candidate are from those with the table's tiles; above 1 one of them is wrong."""
@@ -177,26 +173,10 @@ def disagreement(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: t
 
 def times_us(functions: Sequence[Callable[[int], object]]) -> list[float]:
     """Microseconds of a call of each on the device: medians of replays, in turns, of CUDA graphs of calls 0, 1, ..."""
-    pool = torch.cuda.graph_pool_handle()  # nobody reads the results, so that all graphs can write to the same memory
-    replays = [_capture(function, pool) for function in functions]
-    ready = [Ready(replay, CALLS_PER_REPLAY, "graph", call_ms=0.0, peak_mib=None) for replay in replays]
-    timings = time_in_turns(ready, REPLAYS)
-    for timing in timings:
-        if isinstance(timing, Exception):
-            raise timing
-    return [1e3 * timing.device_ms for timing in timings if isinstance(timing, Timing)]
-
-
-def _capture(function: Callable[[int], object], pool: Any) -> Callable[[], None]:
-    """Replays `CALLS_PER_REPLAY` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(0)  # compiles; the lists of tiles are made in the graph, once for its calls
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        for i in range(CALLS_PER_REPLAY):
-            function(i)
-    return graph.replay
+    pool = torch.cuda.graph_pool_handle()
+    times = []
+    for ms in ms_in_turns([capture(function, pool) for function in functions], REPLAYS):
+        if isinstance(ms, Exception):
+            raise ms
+        times.append(1e3 * ms / CALLS_PER_REPLAY)
+    return times

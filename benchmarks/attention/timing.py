@@ -97,8 +97,7 @@ def prepare(
 ) -> Ready | Timing:
     """Make a call that has run before (and so is compiled) ready to be timed.
 
-    What is so slow that it can't compete, and all on a CPU, is timed at once. `pool` is the memory of a CUDA graph;
-    those that share it write over each other's results, which nobody reads.
+    What is so slow that it can't compete, and all on a CPU, is timed at once. `pool`: see `capture`.
     """
     if inputs[0].q.device.type != "cuda":
         return _measure_on_cpu(attention, inputs, mode, repeats)
@@ -106,7 +105,7 @@ def prepare(
     if _queued_ms(attention, inputs, mode, repeats=1, calls=1) > SLOW_CALL_MS:
         device_ms = _queued_ms(attention, inputs, mode, SLOW_REPEATS, calls=1)
         return Timing(device_ms, _call_ms(attention, inputs, mode, SLOW_QUEUED_CALLS), "queued", peak_mib)
-    replay = _capture(attention, inputs, mode, pool)
+    replay = _capture_attention(attention, inputs, mode, pool)
     call_ms = _call_ms(attention, inputs, mode, QUEUED_CALLS)
     if replay is not None:
         return Ready(replay, CALLS_PER_REPLAY, "graph", call_ms, peak_mib)
@@ -114,16 +113,25 @@ def prepare(
 
 
 def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing | Exception]:
-    """The median of `repeats` turns of each, in an order that changes with every round and is the same in every run.
+    """The median of `repeats` turns of each; of whose calls fail, the error instead."""
+    times = ms_in_turns([one.calls for one in ready], repeats)
+    return [
+        ms if isinstance(ms, Exception) else Timing(ms / one.num_calls, one.call_ms, one.method, one.peak_mib)
+        for one, ms in zip(ready, times, strict=True)
+    ]
 
-    Whose calls fail has no further turns, and the error instead of a timing.
+
+def ms_in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[float | Exception]:
+    """Median milliseconds on the device of each, in an order that changes with every round, but not from run to run.
+
+    What fails has no further turns, and the error instead of a time.
     """
-    if not ready:
+    if not functions:
         return []
     failed: dict[int, Exception] = {}
-    turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in ready]
+    turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
     generator = random.Random(ORDER_SEED)
-    order = list(range(len(ready)))
+    order = list(range(len(functions)))
     for i_round in range(repeats + 1):
         for i in order:
             if i in failed:
@@ -131,7 +139,7 @@ def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing | Excepti
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             try:
-                ready[i].calls()
+                functions[i]()
             except Exception as error:  # of a provider that runs instead of being replayed
                 failed[i] = error
                 continue
@@ -140,15 +148,10 @@ def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing | Excepti
                 turns[i].append((start, end))
         generator.shuffle(order)
     torch.cuda.synchronize()
-
-    def result(i: int) -> Timing | Exception:
-        if i in failed:
-            return failed[i]
-        times = [start.elapsed_time(end) for start, end in turns[i]]
-        one = ready[i]
-        return Timing(statistics.median(times) / one.num_calls, one.call_ms, one.method, one.peak_mib)
-
-    return [result(i) for i in range(len(ready))]
+    return [
+        failed[i] if i in failed else statistics.median(start.elapsed_time(end) for start, end in turns[i])
+        for i in range(len(functions))
+    ]
 
 
 def _measure_on_cpu(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Timing:
@@ -170,26 +173,36 @@ def _peak_mib(attention: Attention, inputs: Inputs, mode: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _capture(attention: Attention, inputs: Sequence[Inputs], mode: str, pool: Any) -> Callable[[], object] | None:
-    """Replays `CALLS_PER_REPLAY` calls; None where they can't be captured."""
+def _capture_attention(
+    attention: Attention, inputs: Sequence[Inputs], mode: str, pool: Any
+) -> Callable[[], None] | None:
+    """As `capture`; None where the calls can't be captured."""
+    leaves = [_fresh_leaves(one) for one in inputs]
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set up their workspaces per stream, which a capture forbids
-            inputs = [_fresh_leaves(one) for one in inputs]
-            run_once(attention, inputs[0], mode)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            for i in range(CALLS_PER_REPLAY):
-                run_once(attention, inputs[i % len(inputs)], mode)
+        return capture(lambda i: run_once(attention, leaves[i % len(leaves)], mode), pool)
     except Exception:  # whatever a call did that a capture forbids, in its own library's words; or no memory for a copy
         torch.cuda.synchronize()
         return None
 
-    # The graph reads the inputs, and what a provider keeps, such as masks: they have to live as long as it does.
-    def replay(_read: object = (attention, inputs)) -> None:
+
+def capture(call: Callable[[int], object], pool: Any) -> Callable[[], None]:
+    """Replays calls 0 ... `CALLS_PER_REPLAY` - 1, captured in a CUDA graph after one that isn't.
+
+    `pool` is the graph's memory; graphs that share it write over each other's results, which nobody reads.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles; libraries set up their workspaces per stream, which a capture forbids
+        call(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        for i in range(CALLS_PER_REPLAY):
+            call(i)
+
+    # The graph reads what the call does, inputs, masks and lists: they have to live as long as it.
+    def replay(_reads: object = call) -> None:
         graph.replay()
 
     return replay

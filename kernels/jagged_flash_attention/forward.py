@@ -223,6 +223,11 @@ def jagged_flash_attention_forward_kernel(
 launch = Launcher(jagged_flash_attention_forward_kernel, "num_warps", "num_stages", "maxnreg")
 
 
+def empty_lse(q: Tensor) -> Tensor:
+    """Memory for the log-sum-exp of queries `(L, H, D)`: `(H, L)`, float32."""
+    return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
 def launch_forward(
     q: Tensor,
     k: Tensor,

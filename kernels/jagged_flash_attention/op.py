@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.checks import check_inputs, check_options, check_schedule
-from kernels.jagged_flash_attention.forward import launch_forward
+from kernels.jagged_flash_attention.forward import empty_lse, launch_forward
 from kernels.jagged_flash_attention.hopper.common import readable_by_tma, supports
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.hopper.one_group.forward import launch_one_group_forward
@@ -214,11 +214,6 @@ def _interpretable(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def _empty_lse(q: Tensor) -> Tensor:
-    """For log-sum-exp."""
-    return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, query_tiles: Tensor, seed: Tensor | None, plan: Plan, lse: Tensor | None
 ) -> Tensor:
@@ -268,7 +263,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: tuple[list[Tensor], Tensor | None], plan: Plan
     ) -> Tensor:
         lists, seed = batch
-        lse = _empty_lse(q)
+        lse = empty_lse(q)
         out = _run_forward(q, k, v, lists[0], seed, plan, lse)
         ctx.save_for_backward(q, k, v, out, lse, *lists[1:], seed)
         ctx.plan = plan
@@ -330,7 +325,7 @@ def _forward(
     plan = _plan_of_traced(q, blocks, longest, for_hopper, *call)
     if plan.uses_copy_engine:
         q, k, v = readable_by_tma(q), readable_by_tma(k), readable_by_tma(v)
-    lse = _empty_lse(q)
+    lse = empty_lse(q)
     return _run_forward(q, k, v, forward_tiles, seed, plan, lse), lse
 
 

@@ -79,7 +79,7 @@ def call(
     without_gradient: bool = False,
     **options: Any,
 ) -> None:
-    """Forward and backward of one small batch, and a forward that keeps nothing for a backward."""
+    """Forward and backward of one small batch; if asked for, also a forward that keeps nothing for a backward."""
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     total, num_users = sum(LENGTHS), len(LENGTHS)
     q = torch.zeros(total, 2 * group, head_dim, dtype=dtype, requires_grad=True)

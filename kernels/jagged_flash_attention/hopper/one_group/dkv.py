@@ -51,7 +51,7 @@ from kernels.jagged_flash_attention.hopper.items import (
     put,
     put_item,
 )
-from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, OneGroupConfig, registers_of
+from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, GIVEN, OneGroupConfig, registers_of
 from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
@@ -116,13 +116,13 @@ def load_queries_partition(
                     async_copy.async_copy_global_to_shared(delta_slots.index(slot), p_delta + o_rowwise, mask=o_m < n)
                     async_copy.mbarrier_arrive(q_bar, increment_count=False)
                     slot, phase = next_slot(slot, phase, STAGES)
-            i_item = draw(p_tiles, num_items, ITEM_SLOTS)
+            i_item = draw(p_tiles, num_items, GIVEN)
         else:
             mbarrier.arrive(kv_bar)
         item_slot, item_phase = next_slot(item_slot, item_phase, KEY_STAGES)
         i_kv, bos, n, i_n, h = next_i_kv, next_bos, next_n, next_i_n, next_h
         next_i_kv, next_bos, next_n, next_i_n, next_h = load_item(p_tiles, i_item, num_items, NUM_KV, GROUP)
-    leave(p_tiles, num_items, ITEM_SLOTS)
+    leave(p_tiles, num_items, GIVEN)
 
 
 @gluon.jit  # pragma: no cover

@@ -51,7 +51,7 @@ from kernels.jagged_flash_attention.hopper.items import (
     num_programs,
     put_item,
 )
-from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, OneGroupConfig, registers_of
+from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, GIVEN, OneGroupConfig, registers_of
 from kernels.jagged_flash_attention.hopper.one_group.ring import load_keys_with_values
 from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
@@ -115,13 +115,13 @@ def load_partition(
                     slot, phase,
                 )  # fmt: skip
                 slot, phase = next_slot(slot, phase, STAGES)
-            i_item = draw(p_tiles, num_items, ITEM_SLOTS)
+            i_item = draw(p_tiles, num_items, GIVEN)
         else:
             mbarrier.arrive(ready, count=1 + LANES)
         q_slot, q_phase = next_slot(q_slot, q_phase, Q_STAGES)
         i_h, bos, n, i_m, h = next_i_h, next_bos, next_n, next_i_m, next_h
         next_i_h, next_bos, next_n, next_i_m, next_h = load_item(p_tiles, i_item, num_items, H, BM)
-    leave(p_tiles, num_items, ITEM_SLOTS)
+    leave(p_tiles, num_items, GIVEN)
 
 
 @gluon.jit  # pragma: no cover
