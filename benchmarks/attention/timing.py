@@ -14,7 +14,8 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,7 @@ def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing | Excepti
 
 
 def ms_in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[float | Exception]:
-    """Median milliseconds on the device of each, in an order that changes with every round, but not from run to run.
+    """Median milliseconds on the device of each; see `turns_in_order`.
 
     What fails has no further turns, and the error instead of a time.
     """
@@ -130,28 +131,43 @@ def ms_in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list
         return []
     failed: dict[int, Exception] = {}
     turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
-    generator = random.Random(ORDER_SEED)
-    order = list(range(len(functions)))
-    for i_round in range(repeats + 1):
-        for i in order:
-            if i in failed:
-                continue
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            try:
-                functions[i]()
-            except Exception as error:  # of a provider that runs instead of being replayed
-                failed[i] = error
-                continue
-            end.record()
-            if i_round > 0:  # the first warms up
-                turns[i].append((start, end))
-        generator.shuffle(order)
+    for i_round, i in turns_in_order(len(functions), repeats + 1):
+        if i in failed:
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        try:
+            functions[i]()
+        except Exception as error:  # of a provider that runs instead of being replayed
+            failed[i] = error
+            continue
+        end.record()
+        if i_round > 0:  # the first warms up
+            turns[i].append((start, end))
     torch.cuda.synchronize()
     return [
         failed[i] if i in failed else statistics.median(start.elapsed_time(end) for start, end in turns[i])
         for i in range(len(functions))
     ]
+
+
+def turns_in_order(num_functions: int, rounds: int) -> Iterator[tuple[int, int]]:
+    """`(round, function)`: all have one turn a round, and come about equally often behind every other.
+
+    The same from run to run.
+    """
+    generator = random.Random(ORDER_SEED)
+    # Behind itself only where there is no other.
+    times_behind = Counter({(i, i): rounds for i in range(num_functions)})
+    last = None
+    for i_round in range(rounds):
+        waiting = list(range(num_functions))
+        while waiting:
+            i = min(waiting, key=lambda i: (times_behind[last, i], generator.random()))
+            times_behind[last, i] += 1
+            waiting.remove(i)
+            last = i
+            yield i_round, i
 
 
 def _measure_on_cpu(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Timing:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +19,15 @@ from benchmarks.attention.providers import PROVIDERS, Provider, flex_block_mask
 from benchmarks.attention.rows import Row, best_peer, fill_ratios, table
 from benchmarks.attention.run import Options, main, parse_options, run_benchmark
 from benchmarks.attention.shapes import SHAPES, Batch, Inputs, Shape, parse_shape, visible_pairs, work_of
-from benchmarks.attention.timing import MODES, Ready, Timing, copies_past_cache, run_once, time_in_turns
+from benchmarks.attention.timing import (
+    MODES,
+    Ready,
+    Timing,
+    copies_past_cache,
+    run_once,
+    time_in_turns,
+    turns_in_order,
+)
 from kernels.jagged_flash_attention import dense_mask
 from tests.conftest import INTERPRETED
 
@@ -518,12 +528,21 @@ def test_providers_take_turns_in_a_changing_order(monkeypatch: pytest.MonkeyPatc
     for timing, ms in ((a, 1.0), (b, 2.0), (c, 3.0)):
         assert isinstance(timing, Timing)
         assert (timing.device_ms, timing.call_ms) == (ms, 2 * ms)
-    assert calls[:3] == ["a", "b", "c"]  # not timed
-    rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]
-    assert len(rounds) == 9
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 10  # the first isn't timed
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
-    assert len(set(rounds)) > 2
     assert time_in_turns([], repeats=9) == []
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 7, 12])
+def test_everyone_comes_equally_often_behind_every_other(num: int) -> None:
+    rounds = 4 * num
+    turns = list(turns_in_order(num, rounds))
+    assert turns == list(turns_in_order(num, rounds))
+    assert sorted(turns) == [(i_round, i) for i_round in range(rounds) for i in range(num)]
+    behind = Counter(itertools.pairwise(i for _, i in turns))
+    times = [behind[first, second] for first in range(num) for second in range(num) if first != second]
+    assert num == 1 or (all(behind[i, i] == 0 for i in range(num)) and max(times) - min(times) <= 3)
 
 
 def test_what_fails_in_its_turn_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
