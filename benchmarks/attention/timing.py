@@ -5,7 +5,7 @@ several sets that together are past the L2 cache, as the tensors of a model are 
 
 Providers take turns. A GPU that is limited by power gives whoever comes after a pause a higher clock: measured one
 after the other, the same kernel differed by 15 % (docs/lab_log.md). So all of them are made ready first, and then
-replayed again and again, in another order every time.
+replayed again and again, in an order in which everyone comes equally often behind every other.
 """
 
 from __future__ import annotations
