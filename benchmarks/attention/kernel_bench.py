@@ -15,14 +15,14 @@ from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, 
 from benchmarks.attention.candidates import Candidate
 from benchmarks.attention.shapes import Batch, Shape
 from benchmarks.attention.timing import CALLS_PER_REPLAY, capture, copies_past_cache, ms_in_turns
+from kernels.jagged.schedule import ListSpec, Schedule
 from kernels.jagged_flash_attention.backward import launch_backward
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.forward import empty_lse, launch_forward
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.hopper.one_group.forward import launch_one_group_forward
 from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupForwardConfig
 from kernels.jagged_flash_attention.hopper.two_groups.forward import launch_two_group_forward
-from kernels.jagged_flash_attention.launch import Call
-from kernels.jagged_flash_attention.schedule import ListSpec, Schedule
 from kernels.jagged_flash_attention.tuning import Tile, Tiles
 
 HEADS = 4

@@ -296,7 +296,7 @@ def _no_triton(device: torch.device) -> str | None:
     problem = _cannot_import("kernels.jagged_flash_attention")
     if problem is not None:
         return problem
-    from kernels.jagged_flash_attention import unavailable_reason
+    from kernels.jagged import unavailable_reason
 
     return unavailable_reason(device)
 
@@ -336,7 +336,7 @@ class JaggedFlashShared(JaggedFlash):
     name = "jagged_flash_shared"
 
     def __init__(self, batch: Batch) -> None:
-        from kernels.jagged_flash_attention import Schedule
+        from kernels.jagged import Schedule
 
         super().__init__(batch)
         self.keywords["schedule"] = Schedule(

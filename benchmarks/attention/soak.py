@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, RESULTS, ROW_LIMIT
-from kernels.jagged_flash_attention import jagged_flash_attention, reference_attention, unavailable_reason
+from kernels.jagged import unavailable_reason
+from kernels.jagged_flash_attention import jagged_flash_attention, reference_attention
 
 COMPARED_USERS = 4
 GUARD_ROWS = 64  # of NaN, before and after the rows of q, k, v and dout

@@ -158,8 +158,8 @@ def turns_in_order(num_functions: int, rounds: int) -> Iterator[tuple[int, int]]
     """
     generator = random.Random(ORDER_SEED)
     # Behind itself only where there is no other.
-    times_behind = Counter({(i, i): rounds for i in range(num_functions)})
-    last = None
+    times_behind = Counter[tuple[int | None, int]]({(i, i): rounds for i in range(num_functions)})
+    last: int | None = None
     for i_round in range(rounds):
         waiting = list(range(num_functions))
         while waiting:

@@ -31,7 +31,7 @@ import triton
 
 from benchmarks.attention.candidates import KERNELS, Candidate, candidates, describe, shared_memory
 from benchmarks.attention.kernel_bench import Bench, Setting, replace_tile, times_us
-from kernels.jagged_flash_attention.launch import INTERPRETED
+from kernels.jagged.launch import INTERPRETED
 from kernels.jagged_flash_attention.tuning import (
     DTYPES,
     FILE_VARIABLE,

@@ -21,13 +21,13 @@ from torch import Tensor
 from kernels.jagged_flash_attention.backward_dkv import launch_dkv
 from kernels.jagged_flash_attention.backward_dq import launch_dq
 from kernels.jagged_flash_attention.backward_short import launch_short_users
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.hopper.common import readable_by_tma
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.hopper.one_group.dkv import launch_one_group_dkv
 from kernels.jagged_flash_attention.hopper.one_group.dq import launch_one_group_dq
 from kernels.jagged_flash_attention.hopper.two_groups.dkv import launch_two_group_dkv
 from kernels.jagged_flash_attention.hopper.two_groups.dq import launch_two_group_dq
-from kernels.jagged_flash_attention.launch import Call
 from kernels.jagged_flash_attention.tuning import Tiles
 
 

@@ -10,17 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged_flash_attention.launch import Call, Launcher, descriptors, grid_of, next_power_of_2
-from kernels.jagged_flash_attention.tiles import (
-    is_kept,
-    load_entry,
-    load_rowwise,
-    load_tile,
-    query_range,
-    sees_key,
-    self_gradient,
-    store_tile,
-)
+from kernels.jagged.launch import Launcher, descriptors, grid_of, next_power_of_2
+from kernels.jagged.tiles import load_entry, load_tile, store_tile
+from kernels.jagged_flash_attention.call import Call
+from kernels.jagged_flash_attention.tiles import is_kept, load_rowwise, query_range, sees_key, self_gradient
 from kernels.jagged_flash_attention.tuning import Tile
 
 

@@ -11,16 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of, next_power_of_2
-from kernels.jagged_flash_attention.tiles import (
-    is_kept,
-    is_visible,
-    load_entry,
-    load_rowwise,
-    load_tile,
-    store_tile,
-    visible_keys,
-)
+from kernels.jagged.launch import Launcher, grid_of, next_power_of_2
+from kernels.jagged.tiles import is_visible, load_entry, load_tile, store_tile, visible_keys
+from kernels.jagged_flash_attention.call import Call
+from kernels.jagged_flash_attention.tiles import is_kept, load_rowwise
 from kernels.jagged_flash_attention.tuning import Tile
 
 

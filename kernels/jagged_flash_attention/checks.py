@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kernels.jagged.checks import check_index_vector
+
 if TYPE_CHECKING:
-    from kernels.jagged_flash_attention.schedule import Schedule
+    from kernels.jagged.schedule import Schedule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 256)  # least and greatest
@@ -17,7 +18,6 @@ PRECISIONS = ("ieee", "tf32")
 SCHEDULE_FACTS = (
     "users", "total", "max_seqlen", "num_targets given", "key_offsets given", "total_keys", "max_key_seqlen", "device",
 )  # fmt: skip
-CHECK_OFFSETS_VARIABLE = "KERNELS_CHECK_OFFSETS"
 
 
 def check_inputs(
@@ -34,18 +34,18 @@ def check_inputs(
 ) -> None:
     """Everything about tensors and mask that can be known without looking at device memory; ValueError."""
     _check_qkv(q, k, v, is_cross=key_offsets is not None)
-    _check_index_vector("offsets", offsets)
+    check_index_vector("offsets", offsets)
     if offsets.shape[0] < 1:
         raise ValueError("offsets must have shape (users + 1,) and so at least one element, got none")
     if num_targets is not None:
-        _check_index_vector("num_targets", num_targets)
+        check_index_vector("num_targets", num_targets)
         if num_targets.shape[0] != offsets.shape[0] - 1:
             raise ValueError(
                 f"num_targets must have one element per user, {offsets.shape[0] - 1} by offsets; "
                 f"got {num_targets.shape[0]}"
             )
     if key_offsets is not None:
-        _check_index_vector("key_offsets", key_offsets)
+        check_index_vector("key_offsets", key_offsets)
         if key_offsets.shape != offsets.shape:
             raise ValueError(
                 f"key_offsets must be of the same users as offsets, shape {tuple(offsets.shape)}; "
@@ -136,54 +136,3 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, is_cross: bool) -> None:
         raise ValueError("q, k and v must have at least one head, got 0")
     if num_heads % num_kv_heads:
         raise ValueError(f"the {num_heads} heads of q must be a multiple of the {num_kv_heads} heads of k and v")
-
-
-def _check_index_vector(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} must be one-dimensional int32 or int64, got shape {tuple(tensor.shape)} and {tensor.dtype}"
-        )
-
-
-def checks_values(device: torch.device) -> bool:
-    """Whether values of offsets are looked at: always on a CPU; on CUDA, where it means waiting, only when asked."""
-    return device.type != "cuda" or os.environ.get(CHECK_OFFSETS_VARIABLE) == "1"
-
-
-def check_offsets(
-    offsets: Tensor, max_seqlen: int, total: int, num_targets: Tensor | None = None, *, of_keys: bool = False
-) -> None:
-    """Check the values; ValueError says which user is wrong. Waits for the GPU.
-
-    Args:
-        offsets, max_seqlen, num_targets: as for `jagged_flash_attention`.
-        total: rows that the offsets have to cover.
-        of_keys: whether they are its `key_offsets` and `max_key_seqlen`, for the message.
-    """
-    name, limit = ("key_offsets", "max_key_seqlen") if of_keys else ("offsets", "max_seqlen")
-    bounds = offsets.detach().to("cpu", torch.int64)
-    lengths = bounds.diff()
-    if bounds[0] != 0 or bounds[-1] != total:
-        raise ValueError(
-            f"{name} go from {int(bounds[0])} to {int(bounds[-1])}; they must go from 0 to the number of rows, {total}"
-        )
-    _raise_for_first(lengths < 0, lengths, f"{name} descend: user {{user}} would have {{value}} tokens")
-    _raise_for_first(
-        lengths > max_seqlen,
-        lengths,
-        f"user {{user}} has {{value}} {'keys' if of_keys else 'tokens'}, more than {limit}={max_seqlen}",
-    )
-    if num_targets is not None:
-        targets = num_targets.detach().to("cpu", torch.int64)
-        wrong = (targets < 0) | (targets > lengths)
-        _raise_for_first(
-            wrong,
-            targets,
-            "num_targets of user {user} is {value}; it must lie between 0 and the user's length",
-        )
-
-
-def _raise_for_first(wrong: Tensor, values: Tensor, message: str) -> None:
-    if wrong.any():
-        user = int(wrong.nonzero()[0])
-        raise ValueError(message.format(user=user, value=int(values[user])))

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from kernels.jagged.launch import INTERPRETED, is_traced, readable_in_place, require_triton
+from kernels.jagged.schedule import ListSpec, Schedule, make_lists, training_specs
 from kernels.jagged_flash_attention.backward import launch_backward
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.checks import check_inputs, check_options, check_schedule
 from kernels.jagged_flash_attention.forward import empty_lse, launch_forward
 from kernels.jagged_flash_attention.hopper.common import readable_by_tma, supports
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.hopper.one_group.forward import launch_one_group_forward
 from kernels.jagged_flash_attention.hopper.two_groups.forward import launch_two_group_forward
-from kernels.jagged_flash_attention.launch import INTERPRETED, Call, is_traced, readable_in_place, require_triton
-from kernels.jagged_flash_attention.schedule import ListSpec, Schedule, make_lists, training_specs
 from kernels.jagged_flash_attention.tuning import Tiles, choose_tiles
 
 

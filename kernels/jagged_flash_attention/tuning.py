@@ -28,9 +28,9 @@ from typing import Any
 import torch
 import triton
 
+from kernels.jagged.launch import INTERPRETED, check_fields, is_traced, listed
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupBackwardConfig, TwoGroupForwardConfig
-from kernels.jagged_flash_attention.launch import INTERPRETED, check_fields, is_traced, listed
 
 PADDED_HEAD_DIMS = (16, 32, 64, 128, 256)
 FILE_VARIABLE = "KERNELS_TUNING_FILE"

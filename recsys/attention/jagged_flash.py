@@ -22,7 +22,7 @@ class JaggedFlash(AttentionBackend):
     def unavailable(self, device: torch.device) -> str | None:
         # Imported here, because a machine without Triton must still be able to import and list the backends.
         try:
-            from kernels.jagged_flash_attention import unavailable_reason
+            from kernels.jagged import unavailable_reason
         except ImportError as error:
             return f"its Triton kernel can't be imported ({error})"
         return unavailable_reason(device)
@@ -44,7 +44,8 @@ class JaggedFlash(AttentionBackend):
         scale: float,
         dropout_p: float,
     ) -> Tensor:
-        from kernels.jagged_flash_attention import Schedule, jagged_flash_attention
+        from kernels.jagged import Schedule
+        from kernels.jagged_flash_attention import jagged_flash_attention
 
         schedule = layout.cached(
             "jagged_flash_schedule",

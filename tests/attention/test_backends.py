@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.jagged_flash_attention import schedule
-from kernels.jagged_flash_attention.tile_lists import make_tile_lists
+from kernels.jagged import schedule
+from kernels.jagged.tile_lists import make_tile_lists
 from recsys.attention import AttentionBackend, JaggedLayout, MaskSpec, backends
 from tests.attention.cases import (
     MASKS,

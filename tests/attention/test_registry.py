@@ -51,7 +51,7 @@ def test_unavailable_backend_names_the_usable_ones() -> None:
 
 
 def test_jagged_flash_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.jagged_flash_attention.launch.INTERPRETED", False)
+    monkeypatch.setattr("kernels.jagged.launch.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1.*Usable on this device: sdpa, dense"):
         resolve("jagged_flash", "cpu")
 

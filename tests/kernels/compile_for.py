@@ -18,13 +18,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from benchmarks.attention.candidates import HOPPER_CONFIGS
-from kernels.jagged_flash_attention import (
-    jagged_flash_attention,
-    launch,
-    op,
-    tile_lists,
-    tuning,
-)
+from kernels.jagged import launch, tile_lists
+from kernels.jagged_flash_attention import jagged_flash_attention, op, tuning
 from kernels.jagged_flash_attention.hopper import items
 
 LENGTHS = [5, 0, 70]

@@ -14,15 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels.jagged_flash_attention import (
-    Schedule,
-    check_offsets,
-    jagged_flash_attention,
-    op,
-    reference_attention,
-    tile_lists,
-)
-from kernels.jagged_flash_attention.launch import MAX_GRID, grid_of
+from kernels.jagged import Schedule, check_offsets, tile_lists
+from kernels.jagged.launch import MAX_GRID, grid_of
+from kernels.jagged_flash_attention import jagged_flash_attention, op, reference_attention
 from tests.kernels.jagged_cases import Case, run, with_gradients
 
 L, B = 8, 2
@@ -207,7 +201,8 @@ def test_check_offsets_accepts_what_is_right(device: torch.device) -> None:
 
 def test_cpu_without_interpreter_is_refused() -> None:
     program = (
-        "import torch; from kernels.jagged_flash_attention import *; x = torch.zeros(2, 1, 16)\n"
+        "import torch; from kernels.jagged import *; from kernels.jagged_flash_attention import *\n"
+        "x = torch.zeros(2, 1, 16)\n"
         "print(unavailable_reason('cpu'), '|', unavailable_reason('cuda'))\n"
         "try: jagged_flash_attention(x, x, x, torch.tensor([0, 2]), 2)\n"
         "except RuntimeError as error: print('refused:', error)"

@@ -12,9 +12,9 @@ import torch
 from triton import knobs
 
 from benchmarks.attention.candidates import HOPPER_CONFIGS
+from kernels.jagged.schedule import Schedule
 from kernels.jagged_flash_attention import jagged_flash_attention, op
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
-from kernels.jagged_flash_attention.schedule import Schedule
 from kernels.jagged_flash_attention.tuning import choose_tiles
 from tests.kernels.jagged_cases import LAYOUTS, Case, assert_kernel_matches_reference, with_gradients
 

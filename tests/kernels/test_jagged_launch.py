@@ -16,8 +16,8 @@ import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from kernels.jagged.launch import Descriptor, Launcher, _is_watched, descriptors
 from kernels.jagged_flash_attention import jagged_flash_attention
-from kernels.jagged_flash_attention.launch import Descriptor, Launcher, _is_watched, descriptors
 from tests.conftest import INTERPRETED
 from tests.kernels.jagged_cases import Case, with_gradients
 
@@ -193,7 +193,7 @@ def test_found_again(first: dict[str, Any], second: dict[str, Any], recorder: Re
     launch(*arguments(**first))
     launch.kernel = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kernels.jagged_flash_attention.launch._is_watched", lambda kernel: False)
+        patch.setattr("kernels.jagged.launch._is_watched", lambda kernel: False)
         launch(*arguments(**second))
     launch_by_triton(arguments(**second))
     _, ours, tritons = map(plain, recorder.launches)

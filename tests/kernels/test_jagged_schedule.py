@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.jagged_flash_attention import schedule, tile_lists
-from kernels.jagged_flash_attention.schedule import Schedule
-from kernels.jagged_flash_attention.tile_lists import make_tile_lists, tile_capacity
+from kernels.jagged import schedule, tile_lists
+from kernels.jagged.schedule import Schedule
+from kernels.jagged.tile_lists import make_tile_lists, tile_capacity
 from tests.kernels.jagged_cases import LENGTHS
 
 RNG = random.Random(0)

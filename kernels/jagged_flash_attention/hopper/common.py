@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from kernels.jagged_flash_attention.launch import Descriptor, fits_copy_engine
+from kernels.jagged.launch import Descriptor, fits_copy_engine
 
 GROUP = gl.constexpr(64)  # rows of a group of four warps: those of one wgmma
 LANES = gl.constexpr(32)  # of the warp that loads: each of them arrives on a barrier when its own copy is there

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from triton.experimental.gluon import language as gl
 
-from kernels.jagged_flash_attention.launch import check_fields
+from kernels.jagged.launch import check_fields
 
 BLOCK = 64  # rows of an item: of a tile of the tile list
 GIVEN = gl.constexpr(2)  # items that are a program's own; they are short, and what they are is asked for one ahead

@@ -30,6 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.hopper.common import (
     GROUP,
     LANES,
@@ -52,7 +54,6 @@ from kernels.jagged_flash_attention.hopper.items import (
     put_item,
 )
 from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, GIVEN, OneGroupConfig, registers_of
-from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
 @gluon.jit  # pragma: no cover

@@ -33,6 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.hopper.common import (
     LANES,
     count_key_tiles,
@@ -53,7 +55,6 @@ from kernels.jagged_flash_attention.hopper.items import (
 )
 from kernels.jagged_flash_attention.hopper.one_group.config import BLOCK, GIVEN, OneGroupConfig, registers_of
 from kernels.jagged_flash_attention.hopper.one_group.ring import load_keys_with_values
-from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
 @gluon.jit  # pragma: no cover

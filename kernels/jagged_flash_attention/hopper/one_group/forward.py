@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.hopper.common import (
     attend_self,
     count_key_tiles,
@@ -56,7 +58,6 @@ from kernels.jagged_flash_attention.hopper.softmax import (
     rescale,
     sum_of_thread,
 )
-from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
 @gluon.jit  # pragma: no cover

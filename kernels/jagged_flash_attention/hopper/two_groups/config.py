@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from triton.experimental.gluon import language as gl
 
-from kernels.jagged_flash_attention.launch import check_fields
+from kernels.jagged.launch import check_fields
 
 BLOCK = 128  # rows of an item: of a tile of the tile list
 # Items that are a program's own. Items are long: if a program drew earlier, it could be left with a whole one when all

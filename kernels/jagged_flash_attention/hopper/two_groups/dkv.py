@@ -30,6 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.hopper.common import (
     GROUP,
     LANES,
@@ -54,7 +56,6 @@ from kernels.jagged_flash_attention.hopper.two_groups.config import (
     REGISTERS,
     TwoGroupBackwardConfig,
 )
-from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 BM = gl.constexpr(64)  # queries of a tile in the ring
 

@@ -37,6 +37,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.hopper.common import (
     GROUP,
     LANES,
@@ -64,7 +66,6 @@ from kernels.jagged_flash_attention.hopper.two_groups.config import (
     TwoGroupBackwardConfig,
 )
 from kernels.jagged_flash_attention.hopper.two_groups.ring import load_tile, pass_tiles
-from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 BN = gl.constexpr(64)  # keys of a tile in the ring
 # Of dq in front of the store: whole rows, and of the rows those that the warp has anyway.

@@ -33,6 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.hopper.common import (
     GROUP,
     attend_self,
@@ -71,7 +73,6 @@ from kernels.jagged_flash_attention.hopper.two_groups.config import (
     TwoGroupForwardConfig,
 )
 from kernels.jagged_flash_attention.hopper.two_groups.ring import load_tile, pass_tiles
-from kernels.jagged_flash_attention.launch import Call, Launcher, grid_of
 
 
 @gluon.jit  # pragma: no cover

@@ -1,14 +1,12 @@
-"""What every launcher needs to know: where Triton can run, on which device, what is asked for, how large the grid."""
+"""What every launcher needs to know: where Triton can run, on which device, how large the grid, what TMA reads."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +22,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # while the modules with the kernels are being imported. Setting the variable later has no effect.
 INTERPRETED: bool = knobs.runtime.interpret
 
-LOG2_E = math.log2(math.e)
 MAX_GRID = 2**31 - 1  # of the x dimension; y and z end at 65,535, which batch x heads would pass
 MAX_ROW_STRIDE = 2**23  # elements: a tile of up to 256 rows is then addressed with int32
 MAX_INT32 = 2**31 - 1
@@ -200,41 +197,6 @@ def _is_watched(kernel: Any) -> bool:
             return True
     debugged = runtime.debug or runtime.add_stages_inspection_hook or knobs.compilation.instrumentation_mode
     return bool(debugged or kernel.pre_run_hooks)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Mask, scale and dropout of one call, as the kernels take them."""
-
-    causal: bool
-    window: int | None
-    has_targets: bool
-    scale: float
-    """Positive."""
-
-    dropout_p: float = 0.0
-    precision: str = "ieee"
-    """Of float32 products: `ieee` or `tf32`."""
-
-    @functools.cached_property
-    def scale_log2(self) -> float:
-        """Brings scores to base 2."""
-        return self.scale * LOG2_E
-
-    @functools.cached_property
-    def drop_below(self) -> int:
-        """A pair is dropped if its 32 random bits are below."""
-        return int(self.dropout_p * 2**32)
-
-    @functools.cached_property
-    def keep_scale(self) -> float:
-        """What the probabilities that are kept are multiplied with."""
-        return 1.0 / (1.0 - self.dropout_p)
-
-    @functools.cached_property
-    def constants(self) -> tuple[bool, bool, bool, bool, str]:
-        """What the kernels are compiled for: CAUSAL, HAS_WINDOW, HAS_TARGETS, DROPOUT, PRECISION."""
-        return self.causal, self.window is not None, self.has_targets, self.dropout_p > 0.0, self.precision
 
 
 def check_fields(config: Any, what: str, allowed: Mapping[str, Sequence[object]]) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kernels.jagged_flash_attention.launch import is_traced
-from kernels.jagged_flash_attention.tile_lists import (
+from kernels.jagged.launch import is_traced
+from kernels.jagged.tile_lists import (
     MAX_ROWS,
     MIN_BLOCK,
     make_tile_lists,

@@ -30,8 +30,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 from triton.language.target_info import cuda_capability_geq
 
-from kernels.jagged_flash_attention.checks import check_offsets, checks_values
-from kernels.jagged_flash_attention.launch import INTERPRETED, Launcher, next_power_of_2, require_triton
+from kernels.jagged.checks import check_offsets, checks_values
+from kernels.jagged.launch import INTERPRETED, Launcher, next_power_of_2, require_triton
 
 COLUMNS = 8
 MIN_BLOCK = 16

@@ -1,0 +1,62 @@
+"""What is refused of offsets, and how it is said."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+CHECK_OFFSETS_VARIABLE = "KERNELS_CHECK_OFFSETS"
+
+
+def check_index_vector(name: str, tensor: Tensor) -> None:
+    """That it can be offsets or numbers of tokens; ValueError."""
+    if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} must be one-dimensional int32 or int64, got shape {tuple(tensor.shape)} and {tensor.dtype}"
+        )
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether values of offsets are looked at: always on a CPU; on CUDA, where it means waiting, only when asked."""
+    return device.type != "cuda" or os.environ.get(CHECK_OFFSETS_VARIABLE) == "1"
+
+
+def check_offsets(
+    offsets: Tensor, max_seqlen: int, total: int, num_targets: Tensor | None = None, *, of_keys: bool = False
+) -> None:
+    """Check the values; ValueError says which user is wrong. Waits for the GPU.
+
+    Args:
+        offsets, max_seqlen, num_targets: as for `jagged_flash_attention`.
+        total: rows that the offsets have to cover.
+        of_keys: whether they are its `key_offsets` and `max_key_seqlen`, for the message.
+    """
+    name, limit = ("key_offsets", "max_key_seqlen") if of_keys else ("offsets", "max_seqlen")
+    bounds = offsets.detach().to("cpu", torch.int64)
+    lengths = bounds.diff()
+    if bounds[0] != 0 or bounds[-1] != total:
+        raise ValueError(
+            f"{name} go from {int(bounds[0])} to {int(bounds[-1])}; they must go from 0 to the number of rows, {total}"
+        )
+    _raise_for_first(lengths < 0, lengths, f"{name} descend: user {{user}} would have {{value}} tokens")
+    _raise_for_first(
+        lengths > max_seqlen,
+        lengths,
+        f"user {{user}} has {{value}} {'keys' if of_keys else 'tokens'}, more than {limit}={max_seqlen}",
+    )
+    if num_targets is not None:
+        targets = num_targets.detach().to("cpu", torch.int64)
+        wrong = (targets < 0) | (targets > lengths)
+        _raise_for_first(
+            wrong,
+            targets,
+            "num_targets of user {user} is {value}; it must lie between 0 and the user's length",
+        )
+
+
+def _raise_for_first(wrong: Tensor, values: Tensor, message: str) -> None:
+    if wrong.any():
+        user = int(wrong.nonzero()[0])
+        raise ValueError(message.format(user=user, value=int(values[user])))

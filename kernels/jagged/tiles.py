@@ -1,0 +1,97 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The pieces that the forward and the backward kernels share: tile lists, loads, visibility, dropout.
+
+Names, here and in the kernels: L tokens of all users together, H heads, D head dim; BM x BN tiles of queries x keys,
+BD the head dim padded to a power of two; `i_*` indices, `o_*` offsets of a tile's rows within the user, `m_*` masks,
+`p_*` pointers, `b_*` blocks on the chip. A user has n queries; h of its keys are history, which others may see. In
+self attention the other n - h tokens are candidates, which see the history and themselves; in cross attention there
+are none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # pragma: no cover
+def load_entry(p_tiles, i_entry):
+    """A row of a tile list (see tile_lists.py): own start, own length, other start, other length, tile, history."""
+    p_entry = p_tiles + i_entry.to(tl.int64) * 8
+    own_start, own_len = tl.load(p_entry).to(tl.int64), tl.load(p_entry + 1)
+    other_start, other_len = tl.load(p_entry + 2).to(tl.int64), tl.load(p_entry + 3)
+    return own_start, own_len, other_start, other_len, tl.load(p_entry + 4), tl.load(p_entry + 5)
+
+
+@triton.jit  # pragma: no cover
+def load_tile(
+    p_user,
+    i_row,
+    num_rows,
+    stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BD: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Rows i_row ... i_row + BLOCK of one user and head as (BLOCK, BD).
+
+    Zero past D and, with CHECK, past num_rows; without CHECK all these rows must exist. The tile's address is int64:
+    rows x stride passes 2^31 long before memory is full. Inside the tile int32 does (`launch.py` sees to it).
+    """
+    o_row = tl.arange(0, BLOCK)
+    o_d = tl.arange(0, BD)
+    p_tile = p_user + tl.cast(i_row, tl.int64) * stride + (o_row[:, None] * stride + o_d[None, :])
+    m_row = (i_row + o_row < num_rows)[:, None]
+    m_d = (o_d < D)[None, :]
+    if CHECK and D < BD:
+        return tl.load(p_tile, mask=m_row & m_d, other=0.0)
+    elif CHECK:
+        return tl.load(p_tile, mask=m_row, other=0.0)
+    elif D < BD:
+        return tl.load(p_tile, mask=m_d, other=0.0)
+    else:
+        return tl.load(p_tile)
+
+
+@triton.jit  # pragma: no cover
+def store_tile(p_user, b_tile, i_row, num_rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr):
+    """Write a (BLOCK, BD) block to rows i_row ... i_row + BLOCK, as far as the user and the head go."""
+    o_row = tl.arange(0, BLOCK)
+    o_d = tl.arange(0, BD)
+    p_tile = p_user + tl.cast(i_row, tl.int64) * stride + (o_row[:, None] * stride + o_d[None, :])
+    mask = (i_row + o_row < num_rows)[:, None] & (o_d < D)[None, :]
+    tl.store(p_tile, b_tile.to(p_user.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # pragma: no cover
+def visible_keys(o_m, h, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr):
+    """Of each query o_m, the *history* keys it sees: from the first to below the second; both in the shape of o_m.
+
+    A candidate's sight of itself is a step of its own.
+    """
+    first, end = o_m * 0, o_m * 0 + h
+    if CAUSAL:
+        end = o_m + 1
+        if HAS_TARGETS:
+            end = tl.minimum(end, h)  # a candidate comes after the history
+    elif HAS_WINDOW:
+        end = tl.minimum(o_m + window, h)
+    if HAS_WINDOW:
+        first = o_m - window + 1
+        if HAS_TARGETS:
+            first = tl.where(o_m >= h, 0, first)
+            end = tl.where(o_m >= h, h, end)
+    return first, end
+
+
+@triton.jit  # pragma: no cover
+def is_visible(o_key, i_n, first, end, HAS_WINDOW: tl.constexpr):
+    """Whether key i_n + o_key lies between; one comparison per pair, two with a window.
+
+    The bounds are moved instead of the keys: there are fewer of them, and o_key stays the same in every tile.
+    """
+    if HAS_WINDOW:
+        return (o_key >= first - i_n) & (o_key < end - i_n)
+    else:
+        return o_key < end - i_n
