@@ -1,4 +1,4 @@
-"""What is refused of offsets, and how it is said."""
+"""What is refused of operands and offsets, and how it is said."""
 
 from __future__ import annotations
 
@@ -7,7 +7,26 @@ import os
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRECISIONS = ("ieee", "tf32")
 CHECK_OFFSETS_VARIABLE = "KERNELS_CHECK_OFFSETS"
+
+
+def check_operands(tensors: dict[str, Tensor], index_vectors: tuple[str, ...]) -> None:
+    """That all are on one device, and all but the index vectors have one dtype that kernels take; ValueError.
+
+    Args:
+        tensors: by the names that messages use.
+        index_vectors: names of those that hold offsets or numbers of tokens.
+    """
+    devices = {name: x.device for name, x in tensors.items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device; got {where}")
+    dtypes = {name: x.dtype for name, x in tensors.items() if name not in index_vectors}
+    if len(set(dtypes.values())) > 1 or next(iter(dtypes.values())) not in DTYPES:
+        got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"operands must share one dtype of {', '.join(map(str, DTYPES))}; got {got}")
 
 
 def check_index_vector(name: str, tensor: Tensor) -> None:

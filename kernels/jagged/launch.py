@@ -68,6 +68,15 @@ def is_traced(*tensors: Tensor) -> bool:
     return False
 
 
+def interpretable(x: Tensor) -> Tensor:
+    """bfloat16 as float32 where Triton interprets: its interpreter multiplies the bit patterns of bfloat16.
+
+    A result is rounded to bfloat16 once, at the end, so the interpreter tests logic and not the rounding of
+    intermediate values; float16, which it does multiply, and a GPU test that.
+    """
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 class Descriptor(NamedTuple):
     """For Hopper's copy engine: reads blocks out of a matrix of 16-byte aligned rows, see `fits_copy_engine`.
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The pieces that the forward and the backward kernels share: tile lists, loads, visibility, dropout.
+"""The pieces that kernels share: entries of tile lists, tiles of rows and of scores, who sees whom.
 
 Names, here and in the kernels: L tokens of all users together, H heads, D head dim; BM x BN tiles of queries x keys,
 BD the head dim padded to a power of two; `i_*` indices, `o_*` offsets of a tile's rows within the user, `m_*` masks,
@@ -21,6 +21,12 @@ def load_entry(p_tiles, i_entry):
     own_start, own_len = tl.load(p_entry).to(tl.int64), tl.load(p_entry + 1)
     other_start, other_len = tl.load(p_entry + 2).to(tl.int64), tl.load(p_entry + 3)
     return own_start, own_len, other_start, other_len, tl.load(p_entry + 4), tl.load(p_entry + 5)
+
+
+@triton.jit  # pragma: no cover
+def load_user_index(p_tiles, i_entry):
+    """Whose tile it is."""
+    return tl.load(p_tiles + i_entry.to(tl.int64) * 8 + 6)
 
 
 @triton.jit  # pragma: no cover
@@ -95,3 +101,19 @@ def is_visible(o_key, i_n, first, end, HAS_WINDOW: tl.constexpr):
         return (o_key >= first - i_n) & (o_key < end - i_n)
     else:
         return o_key < end - i_n
+
+
+@triton.jit  # pragma: no cover
+def load_scores(p_user, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
+    """Scores of queries i_m ... i_m + BM and keys i_n ... i_n + BN of a user and head: (BM, BN), zero past its end."""
+    o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    p_tile = p_user + (tl.cast(i_m, tl.int64) * num_keys + i_n) + (o_m * num_keys + o_n)
+    return tl.load(p_tile, mask=(i_m + o_m < n) & (i_n + o_n < num_keys), other=0.0)
+
+
+@triton.jit  # pragma: no cover
+def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
+    """Write such a tile, as far as the user goes."""
+    o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    p_tile = p_user + (tl.cast(i_m, tl.int64) * num_keys + i_n) + (o_m * num_keys + o_n)
+    tl.store(p_tile, b_s.to(p_user.dtype.element_ty), mask=(i_m + o_m < n) & (i_n + o_n < num_keys))

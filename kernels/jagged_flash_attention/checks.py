@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels.jagged.checks import check_index_vector
+from kernels.jagged.checks import DTYPES, PRECISIONS, check_index_vector
 
 if TYPE_CHECKING:
     from kernels.jagged.schedule import Schedule
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 256)  # least and greatest
-PRECISIONS = ("ieee", "tf32")
 SCHEDULE_FACTS = (
     "users", "total", "max_seqlen", "num_targets given", "key_offsets given", "total_keys", "max_key_seqlen", "device",
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from kernels.jagged.launch import INTERPRETED, is_traced, readable_in_place, require_triton
+from kernels.jagged.launch import INTERPRETED, interpretable, is_traced, readable_in_place, require_triton
 from kernels.jagged.schedule import ListSpec, Schedule, make_lists, training_specs
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.call import Call
@@ -206,15 +206,6 @@ def _blocks(tiles: Tiles, for_hopper: bool) -> tuple[int, int, int, int]:
     return forward, dq, dkv, 0 if tiles.short is None else tiles.short.block_m
 
 
-def _interpretable(x: Tensor) -> Tensor:
-    """bfloat16 as float32 where Triton interprets: its interpreter multiplies the bit patterns of bfloat16.
-
-    The result is rounded to bfloat16 once, at the end, so the interpreter tests logic and not the rounding of
-    bfloat16 probabilities; float16, which it does multiply, and a GPU test that.
-    """
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, query_tiles: Tensor, seed: Tensor | None, plan: Plan, lse: Tensor | None
 ) -> Tensor:
@@ -227,7 +218,7 @@ def _run_forward(
         return launch_two_group_forward(q, k, v, query_tiles, call, config, lse)
     dtype = q.dtype
     if INTERPRETED:
-        q, k, v = map(_interpretable, (q, k, v))
+        q, k, v = map(interpretable, (q, k, v))
     out = launch_forward(q, k, v, query_tiles, call, tiles.forward, lse, seed)
     return out.to(dtype) if INTERPRETED else out
 
@@ -249,7 +240,7 @@ def _run_backward(
     dout = dout if readable_in_place(dout) else dout.contiguous()
     dtype = q.dtype
     if INTERPRETED:
-        dout, q, k, v, out = map(_interpretable, (dout, q, k, v, out))
+        dout, q, k, v, out = map(interpretable, (dout, q, k, v, out))
     dq, dk, dv = launch_backward(
         dout, q, k, v, out, lse, dq_tiles, dkv_tiles, short_users, plan.call, plan.tiles, plan.for_hopper, seed
     )

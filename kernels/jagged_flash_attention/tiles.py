@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The pieces that the forward and the backward kernels share: tile lists, loads, visibility, dropout.
+"""The pieces that the forward and the backward kernels share: ranges, visibility from the side of a key, dropout.
 
 Names, here and in the kernels: L tokens of all users together, H heads, D head dim; BM x BN tiles of queries x keys,
 BD the head dim padded to a power of two; `i_*` indices, `o_*` offsets of a tile's rows within the user, `m_*` masks,

@@ -1,0 +1,69 @@
+"""Where the scores of a jagged batch are: of every user queries x keys, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.jagged.checks import checks_values
+from kernels.jagged.launch import INTERPRETED
+from kernels.jagged.schedule import Schedule
+
+BLOCK = 32 if INTERPRETED else 64  # rows of a tile of queries or keys, in all kernels that read or write scores
+
+
+class ScoreLayout:
+    """User b with m queries and l keys owns m x l scores of `(H, T)`, row by row, from `offsets[b]` on.
+
+    So score (i, j) of user b and head h is element `[h, offsets[b] + i * l + j]`. Made once per batch.
+
+    Args:
+        schedule: of the queries and keys.
+        total: T, queries x keys added up over the users; a host integer, so that nothing waits for the GPU: see
+            `count_scores`.
+
+    Attributes:
+        offsets: `(B + 1,)` int64 on the device.
+        schedule, total: as given.
+
+    Raises:
+        ValueError: total is negative; or it isn't what the offsets say, where values are checked (`Schedule`).
+    """
+
+    def __init__(self, schedule: Schedule, total: int) -> None:
+        if total < 0:
+            raise ValueError(f"total must be at least 0 scores, got {total}")
+        self.schedule = schedule
+        self.total = total
+        queries, keys = schedule.queries[0], schedule.keys[0]
+        scores = queries.diff().long() * keys.diff().long()
+        self.offsets = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
+        if schedule.check_values and checks_values(queries.device) and int(self.offsets[-1]) != total:
+            raise ValueError(f"the offsets make {int(self.offsets[-1])} scores, queries x keys by user, not {total}")
+
+    def query_tiles(self) -> Tensor:
+        """`(entries, 8)`: the tiles of BLOCK queries; see tile_lists.py."""
+        return self.schedule.query_tiles([BLOCK], causal=False)[0]
+
+    def key_tiles(self) -> Tensor:
+        """`(entries, 8)`: the tiles of BLOCK keys."""
+        return self.schedule.key_tiles([BLOCK], causal=False)[0]
+
+
+def count_scores(query_lengths: Sequence[int] | Tensor, key_lengths: Sequence[int] | Tensor | None = None) -> int:
+    """Queries x keys added up over the users.
+
+    Args:
+        query_lengths: of every user, on the host: a tensor on a GPU would be waited for.
+        key_lengths: the same of the keys; None: the queries are the keys.
+
+    Raises:
+        ValueError: numbers of users that differ.
+    """
+    queries = torch.as_tensor(query_lengths, dtype=torch.int64)
+    keys = queries if key_lengths is None else torch.as_tensor(key_lengths, dtype=torch.int64)
+    if queries.shape != keys.shape:
+        raise ValueError(f"{queries.numel()} users have query lengths, {keys.numel()} have key lengths")
+    return int((queries * keys).sum())

@@ -1,0 +1,170 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Kernels of a jagged and a dense operand or result: rows of a user x its matrix, and a user's rows x its rows.
+
+Names: see kernels/jagged/tiles.py; K columns of x, M x N a user's matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.jagged.launch import Launcher, grid_of, next_power_of_2
+from kernels.jagged.score_layout import BLOCK
+from kernels.jagged.tile_lists import load_user
+from kernels.jagged.tiles import load_entry, load_user_index
+
+MIN_WIDTH, MAX_WIDTH = 16, 64  # columns of a tile
+
+
+@triton.jit  # pragma: no cover
+def load_part(p_rows, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr):
+    """Rows i_row ... and columns i_column ... of one user and head: (BLOCK, BC), zero past their ends."""
+    o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]
+    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row * stride + o_column)
+    return tl.load(p_part, mask=(i_row + o_row < num_rows) & (o_column < num_columns), other=0.0)
+
+
+@triton.jit  # pragma: no cover
+def jagged_dense_bmm_kernel(
+    p_x,  # (L, H, K)
+    p_w,  # (B, H, K, N)
+    p_out,  # (L, H, N), contiguous
+    p_tiles,  # (entries, 8), tiles of BL rows
+    stride_xl,
+    stride_xh,
+    stride_wb,
+    stride_wh,
+    stride_wk,
+    stride_wn,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BL: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BL rows of one user and head, BN columns."""
+    pid = tl.program_id(0)
+    i_h = (pid % H).to(tl.int64)
+    i_entry = pid // H
+    start, n, _, _, i_tile, _ = load_entry(p_tiles, i_entry)
+    if n == 0:
+        return
+    i_l = i_tile * BL
+    i_n = tl.program_id(1) * BN
+    p_x += start * stride_xl + i_h * stride_xh
+    p_w += load_user_index(p_tiles, i_entry).to(tl.int64) * stride_wb + i_h * stride_wh
+    o_k, o_n = tl.arange(0, BK)[:, None], i_n + tl.arange(0, BN)[None, :]
+    b_acc = tl.zeros([BL, BN], dtype=tl.float32)
+    for i_k in range(0, K, BK):
+        b_x = load_part(p_x, i_l, n, stride_xl, i_k, K, BL, BK)
+        b_w = tl.load(p_w + (i_k + o_k) * stride_wk + o_n * stride_wn, mask=(i_k + o_k < K) & (o_n < N), other=0.0)
+        b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
+    o_l = i_l + tl.arange(0, BL)[:, None]
+    p_rows = p_out + ((start + o_l) * H + i_h) * N
+    tl.store(p_rows + o_n, b_acc.to(p_out.dtype.element_ty), mask=(o_l < n) & (o_n < N))
+
+
+@triton.jit(do_not_specialize=["total", "max_seqlen"])  # pragma: no cover
+def jagged_jagged_bmm_kernel(
+    p_x,  # (L, H, M)
+    p_y,  # (L, H, N)
+    p_out,  # (B, H, M, N), contiguous
+    p_offsets,  # (B + 1,), of rows
+    stride_xl,
+    stride_xh,
+    stride_yl,
+    stride_yh,
+    total,
+    max_seqlen,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BM x BN of the matrix of one user and head, over all of the user's rows."""
+    pid = tl.program_id(0)
+    i_h = (pid % H).to(tl.int64)
+    i_b = pid // H
+    i_m = tl.program_id(1) // tl.cdiv(N, BN) * BM
+    i_n = tl.program_id(1) % tl.cdiv(N, BN) * BN
+    start, n = load_user(p_offsets, i_b, total, max_seqlen)
+    p_x += start.to(tl.int64) * stride_xl + i_h * stride_xh
+    p_y += start.to(tl.int64) * stride_yl + i_h * stride_yh
+    b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for i_l in range(0, n, BL):
+        b_x = load_part(p_x, i_l, n, stride_xl, i_m, M, BL, BM)
+        b_y = load_part(p_y, i_l, n, stride_yl, i_n, N, BL, BN)
+        b_acc = tl.dot(tl.trans(b_x), b_y, b_acc, input_precision=PRECISION)
+    o_m, o_n = i_m + tl.arange(0, BM)[:, None], i_n + tl.arange(0, BN)[None, :]
+    p_matrix = p_out + (i_b.to(tl.int64) * H + i_h) * M * N
+    tl.store(p_matrix + (o_m * N + o_n), b_acc.to(p_out.dtype.element_ty), mask=(o_m < M) & (o_n < N))
+
+
+launch_dense_kernel = Launcher(jagged_dense_bmm_kernel, "num_warps")
+launch_jagged_kernel = Launcher(jagged_jagged_bmm_kernel, "num_warps")
+
+
+def _block_of(width: int) -> int:
+    return min(max(next_power_of_2(width), MIN_WIDTH), MAX_WIDTH)
+
+
+def launch_dense_bmm(x: Tensor, w: Tensor, tiles: Tensor, precision: str) -> Tensor:
+    """`(L, H, N)` in x's dtype: of every user `x w`.
+
+    Args:
+        x: `(L, H, K)`, contiguous in the last dimension.
+        w: `(B, H, K, N)`, any strides.
+        tiles: `(entries, 8)`, tiles of BLOCK rows.
+        precision: as for `jagged_dense_bmm`.
+    """
+    L, H, K = x.shape
+    N = w.shape[3]
+    out = x.new_empty((L, H, N))
+    if out.numel() == 0 or tiles.shape[0] == 0:
+        return out
+    block = _block_of(N)
+    launch_dense_kernel(
+        (*grid_of(tiles, H), -(-N // block)),
+        (),
+        (x, w, out, tiles),
+        (*x.stride()[:2], *w.stride()),
+        (),
+        (H, K, N, BLOCK, _block_of(K), block, precision),
+        (4,),
+    )
+    return out
+
+
+def launch_jagged_bmm(x: Tensor, y: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
+    """`(B, H, M, N)` in x's dtype: of every user `x^T y`.
+
+    Args:
+        x, y: `(L, H, M)`, `(L, H, N)`, contiguous in the last dimension.
+        offsets: `(B + 1,)`.
+        max_seqlen: at least the longest user's rows.
+        precision: as for `jagged_jagged_bmm`.
+    """
+    L, H, M = x.shape
+    N, B = y.shape[2], offsets.shape[0] - 1
+    out = torch.empty((B, H, M, N), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    block_m, block_n = _block_of(M), _block_of(N)
+    launch_jagged_kernel(
+        (B * H, -(-M // block_m) * -(-N // block_n)),
+        (),
+        (x, y, out, offsets),
+        (*x.stride()[:2], *y.stride()[:2]),
+        (L, max_seqlen),
+        (H, M, N, BLOCK, block_m, block_n, precision),
+        (4,),
+    )
+    return out
