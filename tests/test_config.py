@@ -90,7 +90,7 @@ def test_overrides_from_the_readme_reach_their_place() -> None:
         ("tranier.max_steps=3", ["allowed keys are: name, seed, model"]),
         ("model.width=wide", ["'wide'", "Integer", "model.width"]),
         ("model.mixer=max", ["expected one of [attention, mean_pool]"]),
-        ("attention=flash", ["auto", "dense", "jagged_flash", "sdpa", "varlen"]),
+        ("attention=flash", ["auto", "dense", "jagged", "jagged_flash", "sdpa", "varlen"]),
         ("sharding.sequence.sharding_type=rows", ["table_wise, row_wise, column_wise"]),
         ("+sharding.tables.item.sharding_type=rows", ["sharding.tables.item.sharding_type is rows", "row_wise"]),
         ("+sharding.tables.item.type=row_wise", ["allowed are the keys sharding_type, compute_kernel"]),

@@ -243,6 +243,12 @@ def readable_in_place(x: Tensor) -> bool:
     return column == 1 and 0 <= row <= MAX_ROW_STRIDE
 
 
+def readable_matrix(x: Tensor) -> bool:
+    """The same of a tensor `(L, C)`."""
+    row, column = x.stride()
+    return column == 1 and 0 <= row <= MAX_ROW_STRIDE
+
+
 def descriptors(*tensors: Tensor, block: int, wanted: bool) -> tuple[Descriptor | None, ...]:
     """For Hopper's copy engine: reads blocks of `block` rows of one head of `(L, H, D)` tensors.
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.jagged.launch import next_power_of_2
+
 
 @triton.jit  # pragma: no cover
 def load_entry(p_tiles, i_entry):
@@ -117,3 +119,33 @@ def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.co
     o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     p_tile = p_user + (tl.cast(i_m, tl.int64) * num_keys + i_n) + (o_m * num_keys + o_n)
     tl.store(p_tile, b_s.to(p_user.dtype.element_ty), mask=(i_m + o_m < n) & (i_n + o_n < num_keys))
+
+
+@triton.jit  # pragma: no cover
+def has_scores(s_start, n, num_keys, T):
+    """Whether a user's scores lie inside of the tensor: whatever offsets and totals say, nothing else is touched."""
+    return s_start + n.to(tl.int64) * num_keys <= T
+
+
+@triton.jit  # pragma: no cover
+def load_columns(p_rows, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr):
+    """Rows i_row ... and columns i_column ... of one user: (BLOCK, BC), zero past their ends."""
+    o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]
+    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row * stride + o_column)
+    return tl.load(p_part, mask=(i_row + o_row < num_rows) & (o_column < num_columns), other=0.0)
+
+
+@triton.jit  # pragma: no cover
+def store_columns(
+    p_rows, b_part, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr
+):
+    """Write such a block, as far as rows and columns go."""
+    o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]
+    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row * stride + o_column)
+    mask = (i_row + o_row < num_rows) & (o_column < num_columns)
+    tl.store(p_part, b_part.to(p_rows.dtype.element_ty), mask=mask)
+
+
+def columns_per_tile(num_columns: int) -> int:
+    """How many columns of a matrix one program takes, where rows don't have to be held on the chip as a whole."""
+    return min(max(next_power_of_2(num_columns), 16), 64)

@@ -14,17 +14,9 @@ from torch import Tensor
 from kernels.jagged.launch import Launcher, grid_of, next_power_of_2
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tile_lists import load_user
-from kernels.jagged.tiles import load_entry, load_user_index
+from kernels.jagged.tiles import load_columns, load_entry, load_user_index, store_columns
 
 MIN_WIDTH, MAX_WIDTH = 16, 64  # columns of a tile
-
-
-@triton.jit  # pragma: no cover
-def load_part(p_rows, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr):
-    """Rows i_row ... and columns i_column ... of one user and head: (BLOCK, BC), zero past their ends."""
-    o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]
-    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row * stride + o_column)
-    return tl.load(p_part, mask=(i_row + o_row < num_rows) & (o_column < num_columns), other=0.0)
 
 
 @triton.jit  # pragma: no cover
@@ -61,12 +53,10 @@ def jagged_dense_bmm_kernel(
     o_k, o_n = tl.arange(0, BK)[:, None], i_n + tl.arange(0, BN)[None, :]
     b_acc = tl.zeros([BL, BN], dtype=tl.float32)
     for i_k in range(0, K, BK):
-        b_x = load_part(p_x, i_l, n, stride_xl, i_k, K, BL, BK)
+        b_x = load_columns(p_x, i_l, n, stride_xl, i_k, K, BL, BK)
         b_w = tl.load(p_w + (i_k + o_k) * stride_wk + o_n * stride_wn, mask=(i_k + o_k < K) & (o_n < N), other=0.0)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
-    o_l = i_l + tl.arange(0, BL)[:, None]
-    p_rows = p_out + ((start + o_l) * H + i_h) * N
-    tl.store(p_rows + o_n, b_acc.to(p_out.dtype.element_ty), mask=(o_l < n) & (o_n < N))
+    store_columns(p_out + (start * H + i_h) * N, b_acc, i_l, n, H * N, i_n, N, BL, BN)
 
 
 @triton.jit(do_not_specialize=["total", "max_seqlen"])  # pragma: no cover
@@ -100,8 +90,8 @@ def jagged_jagged_bmm_kernel(
     p_y += start.to(tl.int64) * stride_yl + i_h * stride_yh
     b_acc = tl.zeros([BM, BN], dtype=tl.float32)
     for i_l in range(0, n, BL):
-        b_x = load_part(p_x, i_l, n, stride_xl, i_m, M, BL, BM)
-        b_y = load_part(p_y, i_l, n, stride_yl, i_n, N, BL, BN)
+        b_x = load_columns(p_x, i_l, n, stride_xl, i_m, M, BL, BM)
+        b_y = load_columns(p_y, i_l, n, stride_yl, i_n, N, BL, BN)
         b_acc = tl.dot(tl.trans(b_x), b_y, b_acc, input_precision=PRECISION)
     o_m, o_n = i_m + tl.arange(0, BM)[:, None], i_n + tl.arange(0, BN)[None, :]
     p_matrix = p_out + (i_b.to(tl.int64) * H + i_h) * M * N

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from kernels.jagged.launch import Launcher, grid_of, next_power_of_2
 from kernels.jagged.score_layout import BLOCK
-from kernels.jagged.tiles import load_entry, load_scores, load_tile, load_user_index, store_scores, store_tile
+from kernels.jagged.tiles import (
+    has_scores,
+    load_entry,
+    load_scores,
+    load_tile,
+    load_user_index,
+    store_scores,
+    store_tile,
+)
 
 MIN_WIDTH = 16  # of what a tensor core multiplies
-
-
-@triton.jit  # pragma: no cover
-def has_scores(s_start, n, num_keys, T):
-    """Whether a user's scores lie inside of the tensor: whatever offsets and totals say, nothing else is touched."""
-    return s_start + n.to(tl.int64) * num_keys <= T
 
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
@@ -109,8 +111,22 @@ def jagged_weighted_sum_kernel(
     store_tile(p_out + (start * H + i_h) * D, b_acc * scale, i_o, n, H * D, D, BO, BD)
 
 
-launch_scores_kernel = Launcher(jagged_scores_kernel, "num_warps")
-launch_weighted_sum_kernel = Launcher(jagged_weighted_sum_kernel, "num_warps")
+launch_scores_kernel = Launcher(jagged_scores_kernel, "num_warps", "num_stages")
+launch_weighted_sum_kernel = Launcher(jagged_weighted_sum_kernel, "num_warps", "num_stages")
+
+
+def _stream_of(x: Tensor) -> tuple[int, int, int]:
+    """Columns of a tile of x, rows of those that stream by, and how many of them are on the chip at once.
+
+    By their bytes, so that all fit into the 99 KB that a program has on the smallest GPUs.
+    """
+    columns = max(next_power_of_2(x.shape[2]), MIN_WIDTH)
+    num_bytes = columns * x.element_size()
+    if num_bytes <= 128:
+        return columns, BLOCK, 3
+    if num_bytes <= 256:
+        return columns, BLOCK, 2
+    return columns, BLOCK if num_bytes <= 512 else 16, 1
 
 
 def launch_scores(
@@ -129,14 +145,15 @@ def launch_scores(
     scores = q.new_empty((H, total))
     if total == 0 or query_tiles.shape[0] == 0:
         return scores
+    columns, rows, stages = _stream_of(k)
     launch_scores_kernel(
         grid_of(query_tiles, H),
         (),
         (q, k, scores, query_tiles, score_offsets),
         (*q.stride()[:2], *k.stride()[:2]),
         (total, scale),
-        (H, D, BLOCK, BLOCK, max(next_power_of_2(D), MIN_WIDTH), precision),
-        (4,),
+        (H, D, BLOCK, rows, columns, precision),
+        (4, stages),
     )
     return scores
 
@@ -165,13 +182,14 @@ def launch_weighted_sum(
     out = torch.empty((num_rows, H, D), dtype=x.dtype, device=x.device)
     if num_rows == 0 or tiles.shape[0] == 0:
         return out
+    columns, rows, stages = _stream_of(x)
     launch_weighted_sum_kernel(
         grid_of(tiles, H),
         (),
         (weights, x, out, tiles, score_offsets),
         x.stride()[:2],
         (weights.shape[1], scale),
-        (H, D, BLOCK, BLOCK, max(next_power_of_2(D), MIN_WIDTH), transposed, precision),
-        (4,),
+        (H, D, BLOCK, rows, columns, transposed, precision),
+        (4, stages),
     )
     return out

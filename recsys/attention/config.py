@@ -13,6 +13,7 @@ class BackendName(Enum):
     dense = "dense"
     sdpa = "sdpa"
     varlen = "varlen"
+    jagged = "jagged"
     jagged_flash = "jagged_flash"
 
 
@@ -30,7 +31,7 @@ class AttentionConfig:
     """Tokens a history event sees back, itself included (not causal: as many ahead); None is no limit."""
 
     dropout: float = 0.0
-    """Probability of dropping an attention weight in training. Above 0 only `dense` and `sdpa` can."""
+    """Probability of dropping an attention weight in training. Above 0 all but `varlen` can."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:

@@ -70,6 +70,9 @@ class JaggedLayout:
     total: int
     """`L`."""
 
+    total_pairs: int | None = None
+    """Sum of the users' squared lengths, known on the host. `jagged` needs it."""
+
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +85,11 @@ class JaggedLayout:
             raise ValueError(
                 f"{self.num_users} users of at most max_seqlen={self.max_seqlen} tokens "
                 f"can't have total={self.total} tokens"
+            )
+        if self.total_pairs is not None and not self.total <= self.total_pairs <= self.total * self.max_seqlen:
+            raise ValueError(
+                f"total_pairs is {self.total_pairs}: the squared lengths of users with {self.total} tokens, at most "
+                f"{self.max_seqlen} each, sum up to something between {self.total} and {self.total * self.max_seqlen}"
             )
 
     @property

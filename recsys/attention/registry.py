@@ -9,13 +9,14 @@ import torch
 from recsys.attention.config import BackendName
 from recsys.attention.dense import Dense
 from recsys.attention.interface import BACKENDS, AttentionBackend
+from recsys.attention.jagged import Jagged
 from recsys.attention.jagged_flash import JaggedFlash
 from recsys.attention.sdpa import Sdpa
 from recsys.attention.varlen import Varlen
 
 log = logging.getLogger(__name__)
 
-BACKENDS.update({backend.name: backend for backend in (JaggedFlash(), Varlen(), Sdpa(), Dense())})
+BACKENDS.update({backend.name: backend for backend in (JaggedFlash(), Varlen(), Jagged(), Sdpa(), Dense())})
 
 
 def backends() -> dict[str, AttentionBackend]:

@@ -70,7 +70,7 @@ class MeanPoolMixer(Mixer):
 
 def mix_context(batch: Batch, sequence: JoinedSequence, mask: MaskSpec) -> MixContext:
     """What the layers of this step share; `mask` is the configured one, the candidates are filled in here."""
-    layout = JaggedLayout(sequence.offsets, sequence.max_seqlen, sequence.total)
+    layout = JaggedLayout(sequence.offsets, sequence.max_seqlen, sequence.total, sequence.total_pairs)
     mask = replace(
         mask,
         num_targets=sequence.num_candidates_per_user,

@@ -36,6 +36,7 @@ class JoinedSequence:
         num_candidates_per_user: `(B,)`.
         max_seqlen: longest joined sequence of the batch.
         total: `L + N`.
+        total_pairs: sum of the squared lengths of the users' joined sequences.
     """
 
     offsets: Tensor
@@ -46,6 +47,7 @@ class JoinedSequence:
     num_candidates_per_user: Tensor
     max_seqlen: int
     total: int
+    total_pairs: int
 
     def join(self, history: Tensor, candidates: Tensor) -> Tensor:
         """`(L, W)` and `(N, W)` to `(L + N, W)`, each user's candidates behind its history."""
@@ -77,4 +79,5 @@ def join_layout(batch: Batch) -> JoinedSequence:
         num_candidates_per_user=batch.candidate_offsets.diff(),
         max_seqlen=int(lengths.max()) if lengths.numel() else 0,
         total=total,
+        total_pairs=int(lengths.square().sum()),
     )

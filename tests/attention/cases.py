@@ -44,7 +44,7 @@ MASKS = {
 def make_layout(users: Users, device: torch.device, offsets_dtype: torch.dtype = torch.int64) -> JaggedLayout:
     lengths = torch.tensor((0, *users.lengths))
     offsets = lengths.cumsum(0).to(device, offsets_dtype)
-    return JaggedLayout(offsets, max(users.lengths), sum(users.lengths))
+    return JaggedLayout(offsets, max(users.lengths), sum(users.lengths), sum(n * n for n in users.lengths))
 
 
 def make_mask(users: Users, mask_id: str, device: torch.device) -> MaskSpec:

@@ -68,6 +68,8 @@ def test_jagged_flash_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyP
         ("varlen", {"mask": MaskSpec(num_targets=torch.zeros(2))}, "total_targets"),
         ("jagged_flash", {"head_dim": 8}, "16 to 256"),
         ("jagged_flash", {"dtype": torch.float64}, "float64"),
+        ("jagged", {"head_dim": 257}, "up to 256"),
+        ("jagged", {"dtype": torch.float64}, "float64"),
     ],
 )
 def test_what_a_backend_refuses(name: str, changes: dict[str, object], reason: str) -> None:
@@ -97,8 +99,18 @@ def test_what_every_backend_accepts(changes: dict[str, object]) -> None:
 def test_a_refused_call_names_the_backends_that_can(kernel_device: torch.device) -> None:
     layout = JaggedLayout(OFFSETS.to(kernel_device), 3, 5)
     q = torch.randn(5, 2, 8, device=kernel_device)
-    with pytest.raises(ValueError, match=r"'jagged_flash' can't do this: the head dim is 8.*can .*: sdpa, dense$"):
+    with pytest.raises(
+        ValueError, match=r"'jagged_flash' can't do this: the head dim is 8.*can .*: jagged, sdpa, dense$"
+    ):
         backends()["jagged_flash"](q, q, q, layout, MaskSpec())
+
+
+def test_jagged_wants_the_number_of_scores(kernel_device: torch.device) -> None:
+    q = torch.randn(5, 2, 16, device=kernel_device)
+    with pytest.raises(ValueError, match="'jagged' needs to know .* total_pairs"):
+        backends()["jagged"](q, q, q, JaggedLayout(OFFSETS.to(kernel_device), 3, 5), MaskSpec())
+    with pytest.raises(ValueError, match="total_pairs is 16: .* something between 5 and 15"):
+        JaggedLayout(OFFSETS, 3, 5, total_pairs=16)
 
 
 def test_a_call_that_nobody_can_serve_says_so() -> None:

@@ -18,9 +18,14 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from benchmarks.attention.candidates import HOPPER_CONFIGS
-from kernels.jagged import launch, tile_lists
+from kernels.jagged import Schedule, launch, tile_lists
+from kernels.jagged.score_layout import ScoreLayout, count_scores
 from kernels.jagged_flash_attention import jagged_flash_attention, op, tuning
 from kernels.jagged_flash_attention.hopper import items
+from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
+from kernels.jagged_matmul import op as matmul_op
+from kernels.jagged_softmax import jagged_score_softmax, jagged_softmax
+from kernels.jagged_softmax import op as softmax_op
 
 LENGTHS = [5, 0, 70]
 WAIT = "griddepcontrol.wait"
@@ -58,7 +63,7 @@ def pretend(major: int, minor: int) -> list[CompiledKernel]:
     tuning._compute_capability = lambda device: (major, minor)  # type: ignore[assignment]
     launch._is_watched = lambda kernel: True  # no launch goes past Triton
     items._num_multiprocessors = lambda device: 132  # type: ignore[assignment]
-    for other in (op, tile_lists):
+    for other in (op, tile_lists, matmul_op, softmax_op):
         other.require_triton = lambda device: None  # type: ignore[attr-defined]
     return compiled
 
@@ -88,6 +93,21 @@ def call(
     if without_gradient:
         with torch.no_grad():
             jagged_flash_attention(q, k, v, offsets, max_seqlen, **options)
+
+
+def call_unfused(dtype: torch.dtype, head_dim: int) -> None:
+    """Forward and backward of every product and softmax of jagged operands."""
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    total, num_users = sum(LENGTHS), len(LENGTHS)
+    targets = torch.ones(num_users, dtype=torch.int64).clamp(max=offsets.diff())
+    schedule = Schedule(offsets, total, max(LENGTHS), num_targets=targets)
+    layout = ScoreLayout(schedule, count_scores(LENGTHS))
+    q, k, v = (torch.zeros(total, 2, head_dim, dtype=dtype, requires_grad=True) for _ in range(3))
+    w = torch.zeros(num_users, 2, head_dim, 100, dtype=dtype, requires_grad=True)
+    weights = jagged_score_softmax(jagged_scores(q, k, layout), layout, causal=True, window=9)
+    out = jagged_weighted_sum(weights, v, layout).flatten(1)
+    jagged_softmax(out, schedule).sum().backward()
+    (jagged_dense_bmm(q, w, schedule).sum() + jagged_jagged_bmm(q, k, schedule).sum()).backward()
 
 
 def use_hopper_kernels(number: int) -> None:
@@ -126,6 +146,8 @@ def main() -> None:
     call(256, has_targets=True, without_gradient=True)
     call(64, torch.float32, has_targets=True)
     call(32, torch.float32, precision="tf32")
+    call_unfused(torch.bfloat16, 64)
+    call_unfused(torch.float32, 24)
     if sys.argv[1] == "9":
         for number in range(max(len(configs) for table in HOPPER_CONFIGS.values() for configs in table.values())):
             use_hopper_kernels(number)

@@ -9,7 +9,20 @@ import sys
 import pytest
 
 LISTS = "jagged_tile_lists_kernel"
-PORTABLE = ("jagged_flash_attention_forward_kernel", "dq_kernel", "dkv_kernel", LISTS)
+PORTABLE = (
+    "jagged_flash_attention_forward_kernel",
+    "dq_kernel",
+    "dkv_kernel",
+    LISTS,
+    "jagged_scores_kernel",
+    "jagged_weighted_sum_kernel",
+    "jagged_dense_bmm_kernel",
+    "jagged_jagged_bmm_kernel",
+    "jagged_score_softmax_kernel",
+    "jagged_score_softmax_backward_kernel",
+    "jagged_softmax_kernel",
+    "jagged_softmax_backward_kernel",
+)
 FOR_HOPPER = [
     f"hopper_{kind}_{kernel}_kernel" for kind in ("one_group", "two_group") for kernel in ("forward", "dq", "dkv")
 ]

@@ -1,0 +1,118 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Softmax over the tokens of a user, a column at a time: one program per user and block of columns.
+
+Names: see kernels/jagged/tiles.py; C columns, BL x BC a block of rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.jagged.launch import Launcher, next_power_of_2
+from kernels.jagged.tile_lists import load_user
+from kernels.jagged.tiles import load_columns, store_columns
+from kernels.jagged_softmax.rows import LOG2_E
+
+MAX_COLUMNS = 64  # of a program
+BLOCK_SIZE = 4096  # elements that a program has at once
+
+
+@triton.jit(do_not_specialize=["total", "max_seqlen", "scale_log2"])  # pragma: no cover
+def jagged_softmax_kernel(
+    p_x,  # (L, C)
+    p_y,  # (L, C), contiguous
+    p_offsets,  # (B + 1,), of rows
+    stride_x,
+    total,
+    max_seqlen,
+    scale_log2,
+    C: tl.constexpr,
+    BL: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """BC columns of one user."""
+    start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
+    i_c = tl.program_id(1) * BC
+    p_x += start.to(tl.int64) * stride_x
+    p_y += start.to(tl.int64) * C
+    m_row = tl.arange(0, BL)[:, None]
+    b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BC], dtype=tl.float32)
+    for i_l in range(0, n, BL):
+        b_x = load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC).to(tl.float32) * scale_log2
+        b_x = tl.where(i_l + m_row < n, b_x, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_x - b_shift[None, :]), 0)
+        b_max = b_new_max
+    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+    for i_l in range(0, n, BL):
+        b_x = load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC).to(tl.float32) * scale_log2
+        store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, n, C, i_c, C, BL, BC)
+
+
+@triton.jit(do_not_specialize=["total", "max_seqlen", "scale"])  # pragma: no cover
+def jagged_softmax_backward_kernel(
+    p_y,  # (L, C), contiguous
+    p_dy,  # (L, C)
+    p_dx,  # (L, C), contiguous
+    p_offsets,  # (B + 1,), of rows
+    stride_dy,
+    total,
+    max_seqlen,
+    scale,
+    C: tl.constexpr,
+    BL: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """dx = scale y (dy - sum of y dy over the user's rows), of BC columns of one user."""
+    start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
+    i_c = tl.program_id(1) * BC
+    p_y += start.to(tl.int64) * C
+    p_dy += start.to(tl.int64) * stride_dy
+    p_dx += start.to(tl.int64) * C
+    b_delta = tl.zeros([BC], dtype=tl.float32)
+    for i_l in range(0, n, BL):
+        b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
+        b_delta += tl.sum(b_y * load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32), 0)
+    for i_l in range(0, n, BL):
+        b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
+        b_dy = load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
+        store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, i_l, n, C, i_c, C, BL, BC)
+
+
+launch_kernel = Launcher(jagged_softmax_kernel, "num_warps")
+launch_backward_kernel = Launcher(jagged_softmax_backward_kernel, "num_warps")
+
+
+def _shape(offsets: Tensor, width: int, max_seqlen: int) -> tuple[tuple[int, int], int, int]:
+    """Grid, rows and columns of a block."""
+    columns = min(next_power_of_2(width), MAX_COLUMNS)
+    rows = min(max(next_power_of_2(max(max_seqlen, 1)), 16), BLOCK_SIZE // columns)
+    return (offsets.shape[0] - 1, -(-width // columns)), rows, columns
+
+
+def launch_softmax(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """`(L, C)`, softmax of `scale x` over every user's rows; x contiguous in the last dimension."""
+    L, C = x.shape
+    y = torch.empty((L, C), dtype=x.dtype, device=x.device)
+    grid, *blocks = _shape(offsets, C, max_seqlen)
+    if y.numel() == 0 or grid[0] == 0:
+        return y
+    launch_kernel(grid, (), (x, y, offsets), (x.stride(0),), (L, max_seqlen, scale * LOG2_E), (C, *blocks), (4,))
+    return y
+
+
+def launch_softmax_backward(y: Tensor, dy: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """Gradient of x `(L, C)` from that of y; y contiguous, dy contiguous in the last dimension."""
+    L, C = y.shape
+    dx = torch.empty_like(y)
+    grid, *blocks = _shape(offsets, C, max_seqlen)
+    if y.numel() == 0 or grid[0] == 0:
+        return dx
+    launch_backward_kernel(grid, (), (y, dy, dx, offsets), (dy.stride(0),), (L, max_seqlen, scale), (C, *blocks), (4,))
+    return dx

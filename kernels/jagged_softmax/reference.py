@@ -1,0 +1,43 @@
+"""What the kernels have to compute, in plain PyTorch, a user at a time. Slow, and easy to believe.
+
+Arguments and results as of the functions in op.py; computed in the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.jagged_flash_attention.reference import dense_mask
+from kernels.jagged_matmul.reference import spans
+
+
+def reference_jagged_softmax(x: Tensor, offsets: Tensor, scale: float = 1.0) -> Tensor:
+    """Of every user softmax over its rows, a column at a time."""
+    return torch.cat([x[:0], *[(x[rows] * scale).softmax(dim=0) for rows in spans(offsets)]])
+
+
+def reference_jagged_score_softmax(
+    scores: Tensor,
+    offsets: Tensor,
+    key_offsets: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    num_targets: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Of every user softmax over the keys that a query sees; zero for the others."""
+    is_self = key_offsets is offsets
+    longest = int(offsets.diff().max()) if offsets.numel() > 1 else 0
+    mask = dense_mask(offsets, longest, causal=causal, window=window, num_targets=num_targets) if is_self else None
+    parts = []
+    begin = 0
+    for b, (own, other) in enumerate(zip(spans(offsets), spans(key_offsets), strict=True)):
+        m, l = own.stop - own.start, other.stop - other.start
+        of_user = scores[:, begin : begin + m * l].unflatten(1, (m, l)) * scale
+        begin += m * l
+        if mask is not None:
+            of_user = of_user.masked_fill(~mask[b, :m, :m], float("-inf"))
+        parts.append(of_user.softmax(dim=2).flatten(1))
+    return torch.cat([scores[:, :0], *parts], dim=1)

@@ -1,0 +1,196 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Softmax over the rows of jagged scores: one program per tile of queries and head, which goes over its keys twice.
+
+Names: see kernels/jagged/tiles.py; T scores of all users together, placed as kernels/jagged/score_layout.py says.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged.score_layout import BLOCK
+from kernels.jagged.tiles import (
+    has_scores,
+    is_visible,
+    load_entry,
+    load_scores,
+    load_user_index,
+    store_scores,
+    visible_keys,
+)
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit  # pragma: no cover
+def load_visible(
+    p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
+):  # fmt: skip
+    """Scores in base 2, (BM, BN) float32; -inf where the query doesn't see the key, and past the user's end."""
+    o_m = (i_m + tl.arange(0, BM))[:, None]
+    o_n = tl.arange(0, BN)[None, :]
+    first, end = visible_keys(o_m, h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    mask = is_visible(o_n, i_n, first, end, HAS_WINDOW)
+    if HAS_TARGETS:
+        mask = mask | ((o_m >= h) & (o_m == i_n + o_n))
+    b_s = load_scores(p_s, i_m, i_n, n, num_keys, BM, BN).to(tl.float32) * scale_log2
+    return tl.where(mask & (i_n + o_n < num_keys), b_s, float("-inf"))
+
+
+# Totals differ in every batch: a kernel specialised on them would be compiled over and over.
+@triton.jit(do_not_specialize=["T", "window", "scale_log2"])  # pragma: no cover
+def jagged_score_softmax_kernel(
+    p_s,  # (H, T), contiguous
+    p_p,  # (H, T), contiguous
+    p_tiles,  # (entries, 8), tiles of BM queries
+    p_offsets,  # (B + 1,), of scores
+    T,
+    window,
+    scale_log2,
+    H: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+):
+    """Probabilities of BM queries of one user and head."""
+    pid = tl.program_id(0)
+    i_h = pid % H
+    i_entry = pid // H
+    _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
+    if n == 0:
+        return
+    i_m = i_tile * BM
+    s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
+    if not has_scores(s_start, n, num_keys, T):
+        return
+    start = i_h.to(tl.int64) * T + s_start
+    p_s += start
+    p_p += start
+
+    hi = num_keys  # keys from here on are seen by none of the tile
+    if CAUSAL:
+        hi = tl.minimum(i_m + BM, num_keys)
+        if HAS_TARGETS:
+            hi = tl.where(tl.minimum(i_m + BM, n) > h, num_keys, hi)
+    b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BM], dtype=tl.float32)
+    for i_n in range(0, hi, BN):
+        b_s = load_visible(p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing seen so far: -inf - (-inf) is NaN
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
+        b_max = b_new_max
+    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+    for i_n in range(0, hi, BN):
+        b_s = load_visible(p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BM, BN)
+    for i_n in range(tl.cdiv(hi, BN) * BN, num_keys, BN):
+        store_scores(p_p, tl.zeros([BM, BN], dtype=tl.float32), i_m, i_n, n, num_keys, BM, BN)
+
+
+@triton.jit  # pragma: no cover
+def load_products(p_p, p_dp, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
+    """Probabilities, and the gradients of those that aren't zero, both (BM, BN) float32.
+
+    What a query doesn't see takes no part, whatever gradient it has.
+    """
+    b_p = load_scores(p_p, i_m, i_n, n, num_keys, BM, BN).to(tl.float32)
+    b_dp = load_scores(p_dp, i_m, i_n, n, num_keys, BM, BN).to(tl.float32)
+    return b_p, tl.where(b_p == 0.0, 0.0, b_dp)
+
+
+@triton.jit(do_not_specialize=["T", "scale"])  # pragma: no cover
+def jagged_score_softmax_backward_kernel(
+    p_p,  # (H, T), contiguous
+    p_dp,  # (H, T), contiguous
+    p_ds,  # (H, T), contiguous
+    p_tiles,  # (entries, 8), tiles of BM queries
+    p_offsets,  # (B + 1,), of scores
+    T,
+    scale,
+    H: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """ds = scale p (dp - sum of p dp over the row), of BM queries of one user and head."""
+    pid = tl.program_id(0)
+    i_h = pid % H
+    i_entry = pid // H
+    _q_start, n, _k_start, num_keys, i_tile, _h = load_entry(p_tiles, i_entry)
+    if n == 0:
+        return
+    i_m = i_tile * BM
+    s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
+    if not has_scores(s_start, n, num_keys, T):
+        return
+    start = i_h.to(tl.int64) * T + s_start
+    p_p += start
+    p_dp += start
+    p_ds += start
+    b_delta = tl.zeros([BM], dtype=tl.float32)
+    for i_n in range(0, num_keys, BN):
+        b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BM, BN)
+        b_delta += tl.sum(b_p * b_dp, 1)
+    for i_n in range(0, num_keys, BN):
+        b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BM, BN)
+        store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BM, BN)
+
+
+launch_kernel = Launcher(jagged_score_softmax_kernel, "num_warps")
+launch_backward_kernel = Launcher(jagged_score_softmax_backward_kernel, "num_warps")
+
+
+def launch_score_softmax(
+    scores: Tensor,
+    query_tiles: Tensor,
+    score_offsets: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    has_targets: bool,
+) -> Tensor:
+    """Probabilities `(H, T)`; arguments as of `jagged_score_softmax`, scores contiguous, tiles of BLOCK queries."""
+    H, T = scores.shape
+    probabilities = torch.empty_like(scores)
+    if T == 0 or query_tiles.shape[0] == 0:
+        return probabilities
+    launch_kernel(
+        grid_of(query_tiles, H),
+        (),
+        (scores, probabilities, query_tiles, score_offsets),
+        (),
+        (T, window or 0, scale * LOG2_E),
+        (H, BLOCK, BLOCK, causal, window is not None, has_targets),
+        (4,),
+    )
+    return probabilities
+
+
+def launch_score_softmax_backward(
+    probabilities: Tensor, dout: Tensor, query_tiles: Tensor, score_offsets: Tensor, scale: float
+) -> Tensor:
+    """Gradient of the scores `(H, T)` from that of the probabilities; both contiguous."""
+    H, T = probabilities.shape
+    dscores = torch.empty_like(probabilities)
+    if T == 0 or query_tiles.shape[0] == 0:
+        return dscores
+    launch_backward_kernel(
+        grid_of(query_tiles, H),
+        (),
+        (probabilities, dout, dscores, query_tiles, score_offsets),
+        (),
+        (T, scale),
+        (H, BLOCK, BLOCK),
+        (4,),
+    )
+    return dscores

@@ -1,0 +1,76 @@
+"""Our unfused Triton kernels: scores of the real tokens only, in memory. Shows what fusing them buys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
+
+MAX_HEAD_DIM = 256
+
+
+class Jagged(AttentionBackend):
+    """Jagged matmul, jagged softmax, jagged matmul: no padding, but every user's square of scores is kept.
+
+    Memory grows with the sum of the squared lengths, where `dense` needs users x square of the longest.
+    """
+
+    name = "jagged"
+    summary = "our unfused Triton kernels: jagged matmul, jagged softmax, jagged matmul"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        # Imported here, because a machine without Triton must still be able to import and list the backends.
+        try:
+            from kernels.jagged import unavailable_reason
+        except ImportError as error:
+            return f"its Triton kernels can't be imported ({error})"
+        return unavailable_reason(device)
+
+    def refuses(self, request: Request) -> str | None:
+        if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"q, k, v are {request.dtype}, it takes float32, float16 and bfloat16"
+        if request.head_dim > MAX_HEAD_DIM:
+            return f"the head dim is {request.head_dim}, it takes up to {MAX_HEAD_DIM}"
+        return None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: JaggedLayout,
+        mask: MaskSpec,
+        scale: float,
+        dropout_p: float,
+    ) -> Tensor:
+        from kernels.jagged import Schedule
+        from kernels.jagged.score_layout import ScoreLayout
+        from kernels.jagged_matmul import jagged_scores, jagged_weighted_sum
+        from kernels.jagged_softmax import jagged_score_softmax
+
+        total_pairs = layout.total_pairs
+        if total_pairs is None:
+            raise ValueError(
+                "attention backend 'jagged' needs to know on the host how many scores there are: give the layout "
+                "total_pairs, the sum of the users' squared lengths"
+            )
+        scores = layout.cached(
+            "score_layout",
+            mask,
+            lambda: ScoreLayout(
+                Schedule(
+                    layout.offsets,
+                    layout.total,
+                    layout.max_seqlen,
+                    num_targets=mask.num_targets,
+                    check_values=True,
+                ),
+                total_pairs,
+            ),
+        )
+        weights = jagged_score_softmax(
+            jagged_scores(q, k, scores), scores, causal=mask.causal, window=mask.window, scale=scale
+        )
+        return jagged_weighted_sum(F.dropout(weights, dropout_p, training=dropout_p > 0.0), v, scores)

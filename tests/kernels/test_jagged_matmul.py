@@ -1,0 +1,266 @@
+"""Products of jagged operands: values and gradients, refusals, tracing."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.jagged.score_layout import ScoreLayout, count_scores
+from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
+from kernels.jagged_matmul.reference import (
+    reference_jagged_dense_bmm,
+    reference_jagged_jagged_bmm,
+    reference_jagged_scores,
+    reference_jagged_weighted_sum,
+)
+from tests.kernels.jagged_operands import DTYPES, LENGTHS, Users, assert_follows_reference, make, with_gradients
+
+CPU = torch.device("cpu")
+CROSS = Users((5, 0, 40, 1, 7, 3), (3, 4, 70, 0, 33, 1))
+SMALL = Users((5, 3))
+
+
+def check_dense_bmm(users: Users, device: torch.device, dtype: torch.dtype, H: int, K: int, N: int) -> None:
+    users = users.on_device(device)
+    schedule, offsets = users.schedule(device), users.offsets(device)
+    x, w = make(device, dtype, (users.total, H, K), (len(users.lengths), H, K, N))
+    assert_follows_reference(
+        lambda x, w: jagged_dense_bmm(x, w, schedule),
+        lambda x, w: reference_jagged_dense_bmm(x, w, offsets),
+        [x, w],
+        magnitude=max(K, N, *users.lengths, 1) ** 0.5,
+        lengths=[users.lengths, users.lengths, None],
+    )
+
+
+def check_jagged_bmm(users: Users, device: torch.device, dtype: torch.dtype, H: int, M: int, N: int) -> None:
+    users = users.on_device(device)
+    schedule, offsets = users.schedule(device), users.offsets(device)
+    x, y = make(device, dtype, (users.total, H, M), (users.total, H, N))
+    assert_follows_reference(
+        lambda x, y: jagged_jagged_bmm(x, y, schedule),
+        lambda x, y: reference_jagged_jagged_bmm(x, y, offsets),
+        [x, y],
+        magnitude=max(M, N, *users.lengths, 1) ** 0.5,
+        lengths=[None, users.lengths, users.lengths],
+    )
+
+
+def check_scores(users: Users, device: torch.device, dtype: torch.dtype, H: int, D: int, scale: float) -> None:
+    users = users.on_device(device)
+    layout, offsets, key_offsets = users.layout(device), users.offsets(device), users.key_offsets(device)
+    keys = users.lengths if users.key_lengths is None else users.key_lengths
+    q, k = make(device, dtype, (users.total, H, D), (users.total_keys, H, D))
+    assert_follows_reference(
+        lambda q, k: jagged_scores(q, k, layout, scale=scale),
+        lambda q, k: reference_jagged_scores(q, k, offsets, key_offsets, scale),
+        [q, k],
+        magnitude=max(D, *keys, *users.lengths, 1) ** 0.5,
+        lengths=[None, users.lengths, keys],
+    )
+
+
+def check_weighted_sum(
+    users: Users, device: torch.device, dtype: torch.dtype, H: int, D: int, transposed: bool
+) -> None:
+    users = users.on_device(device)
+    layout, offsets, key_offsets = users.layout(device), users.offsets(device), users.key_offsets(device)
+    keys = users.lengths if users.key_lengths is None else users.key_lengths
+    rows, results = (users.lengths, keys) if transposed else (keys, users.lengths)
+    weights, v = make(device, dtype, (H, layout.total), (sum(rows), H, D))
+    assert_follows_reference(
+        lambda weights, v: jagged_weighted_sum(weights, v, layout, transposed=transposed),
+        lambda weights, v: reference_jagged_weighted_sum(weights, v, offsets, key_offsets, transposed),
+        [weights, v],
+        magnitude=max(D, *keys, *users.lengths, 1) ** 0.5,
+        lengths=[results, None, rows],
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", LENGTHS)
+def test_awkward_lengths(name: str, kernel_device: torch.device) -> None:
+    users = Users(LENGTHS[name])
+    check_dense_bmm(users, kernel_device, torch.float32, H=2, K=20, N=24)
+    check_jagged_bmm(users, kernel_device, torch.float32, H=2, M=20, N=24)
+    check_scores(users, kernel_device, torch.float32, H=2, D=24, scale=0.3)
+    check_weighted_sum(users, kernel_device, torch.float32, H=2, D=24, transposed=False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_queries_and_keys_of_other_lengths(transposed: bool, kernel_device: torch.device) -> None:
+    check_scores(CROSS, kernel_device, torch.float32, H=2, D=16, scale=1.0)
+    check_weighted_sum(CROSS, kernel_device, torch.float32, H=2, D=16, transposed=transposed)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    users = Users((7, 40, 0, 1))
+    check_dense_bmm(users, kernel_device, dtype, H=1, K=32, N=16)
+    check_jagged_bmm(users, kernel_device, dtype, H=1, M=32, N=16)
+    check_scores(users, kernel_device, dtype, H=1, D=32, scale=0.2)
+    check_weighted_sum(users, kernel_device, dtype, H=1, D=32, transposed=True)
+
+
+def random_case(seed: int) -> tuple[Users, torch.dtype, dict[str, int]]:
+    generator = random.Random(seed)
+    draw = generator.randint
+    lengths = tuple(generator.choice([0, 1, draw(2, 20), draw(20, 70)]) for _ in range(draw(1, 5)))
+    is_cross = generator.random() < 0.5
+    keys = tuple(generator.choice([0, 1, draw(2, 70)]) for _ in lengths) if is_cross else None
+    sizes = {"H": draw(1, 3), "D": generator.choice([1, 5, 16, 33, 80, 128, 256]), "N": draw(1, 130)}
+    return Users(lengths, keys), generator.choice(DTYPES), sizes
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.gpu) for seed in range(6, 120))])
+def test_random_cases(seed: int, kernel_device: torch.device) -> None:
+    users, dtype, sizes = random_case(seed)
+    H, D, N = sizes["H"], sizes["D"], sizes["N"]
+    check_scores(users, kernel_device, dtype, H, D, scale=D**-0.5)
+    check_weighted_sum(users, kernel_device, dtype, H, D, transposed=seed % 2 == 0)
+    own = Users(users.lengths)
+    check_dense_bmm(own, kernel_device, dtype, H, D, N)
+    check_jagged_bmm(own, kernel_device, dtype, H, D, N)
+
+
+def test_strides_and_a_missing_head(kernel_device: torch.device) -> None:
+    users = SMALL.on_device(kernel_device)
+    schedule = users.schedule(kernel_device)
+    packed, w = make(kernel_device, torch.float32, (users.total, 3, 2, 16), (2, 2, 16, 24))
+    q, k = packed[:, 0], packed[:, 1]
+    layout = users.layout(kernel_device)
+    assert torch.equal(jagged_scores(q, k, layout), jagged_scores(q.contiguous(), k.contiguous(), layout))
+    columns_last = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(jagged_scores(q, columns_last, layout), jagged_scores(q, k, layout))
+    transposed = w.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(jagged_dense_bmm(q, transposed, schedule), jagged_dense_bmm(q, w, schedule))
+    assert torch.equal(jagged_dense_bmm(q[:, 0], w[:, 0], schedule), jagged_dense_bmm(q, w, schedule)[:, 0])
+    assert torch.equal(jagged_jagged_bmm(q[:, 0], k[:, 0], schedule), jagged_jagged_bmm(q, k, schedule)[:, 0])
+
+
+def test_int32_offsets(kernel_device: torch.device) -> None:
+    users = CROSS.on_device(kernel_device)
+    q, k = make(kernel_device, torch.float32, (users.total, 1, 16), (users.total_keys, 1, 16))
+    expected = jagged_scores(q, k, users.layout(kernel_device))
+    assert torch.equal(jagged_scores(q, k, users.layout(kernel_device, torch.int32)), expected)
+
+
+def test_second_derivatives(kernel_device: torch.device) -> None:
+    """Gradients are made of the same operators, so they have gradients too."""
+    users = SMALL
+    layout, offsets = users.layout(kernel_device), users.offsets(kernel_device)
+
+    def penalty(scores: Any, q: Tensor, k: Tensor) -> list[Tensor]:
+        q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+        (dq,) = torch.autograd.grad(scores(q, k).square().sum(), q, create_graph=True)
+        return list(torch.autograd.grad(dq.square().sum(), (q, k)))
+
+    q, k = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16))
+    actual = penalty(lambda q, k: jagged_scores(q, k, layout), q, k)
+    exact = penalty(lambda q, k: reference_jagged_scores(q, k, offsets, offsets), q.double(), k.double())
+    for a, b in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
+
+
+def test_a_wrong_number_of_scores_is_refused_or_leaves_users_out(kernel_device: torch.device) -> None:
+    schedule = SMALL.schedule(kernel_device)
+    if kernel_device.type == "cpu":
+        with pytest.raises(ValueError, match="the offsets make 34 scores, queries x keys by user, not 33"):
+            ScoreLayout(schedule, 33)
+    unchecked = SMALL.schedule(kernel_device)
+    unchecked.check_values = False
+    (q,) = make(kernel_device, torch.float32, (8, 1, 16))
+    scores = jagged_scores(q, q, ScoreLayout(unchecked, 26))  # the second user's nine don't fit any more
+    assert scores.shape == (1, 26)
+    assert torch.equal(scores[:, :25], jagged_scores(q, q, SMALL.layout(kernel_device))[:, :25])
+
+
+def test_count_scores() -> None:
+    assert count_scores([5, 0, 3]) == 34
+    assert count_scores(torch.tensor([5, 0, 3]), [1, 2, 4]) == 17
+    assert count_scores([70_000, 70_000]) == 9_800_000_000
+    assert count_scores([]) == 0
+    with pytest.raises(ValueError, match="2 users have query lengths, 1 have key lengths"):
+        count_scores([1, 2], [3])
+
+
+ROWS, HEADS = torch.zeros(8, 16), torch.zeros(8, 2, 16)
+REFUSED: dict[str, tuple[Any, str]] = {
+    "w_of_heads": (lambda s: jagged_dense_bmm(ROWS, torch.zeros(2, 2, 16, 4), s), r"shapes \(L, K\) and \(B, K, N\)"),
+    "w_of_other_users": (lambda s: jagged_dense_bmm(ROWS, torch.zeros(3, 16, 4), s), "each of the 2 users and 1 heads"),
+    "w_of_other_rows": (lambda s: jagged_dense_bmm(ROWS, torch.zeros(2, 8, 4), s), "16 rows as x has columns"),
+    "rows": (lambda s: jagged_dense_bmm(ROWS[:7], torch.zeros(2, 16, 4), s), "x has 7 rows, the schedule says 8"),
+    "dtypes": (
+        lambda s: jagged_dense_bmm(ROWS, torch.zeros(2, 16, 4).half(), s),
+        "share one dtype of .* w torch.float16",
+    ),
+    "float64": (lambda s: jagged_jagged_bmm(ROWS.double(), ROWS.double(), s), "share one dtype"),
+    "devices": (lambda s: jagged_jagged_bmm(ROWS, ROWS.to("meta"), s), "x on cpu, y on meta, offsets on cpu"),
+    "y_of_other_rows": (lambda s: jagged_jagged_bmm(ROWS, ROWS[:7], s), r"shapes \(L, M\) and \(L, N\)"),
+    "precision": (lambda s: jagged_jagged_bmm(ROWS, ROWS, s, precision="fp8"), "ieee, tf32, got 'fp8'"),
+    "head_dims": (lambda s: jagged_scores(HEADS, HEADS[..., :8], ScoreLayout(s, 34)), r"shapes \(L, H, D\)"),
+    "head_dim_257": (
+        lambda s: jagged_scores(torch.zeros(8, 1, 257), torch.zeros(8, 1, 257), ScoreLayout(s, 34)),
+        "D from 1 to 256",
+    ),
+    "key_rows": (lambda s: jagged_scores(HEADS, HEADS[:7], ScoreLayout(s, 34)), "k has 7 rows"),
+    "weights": (lambda s: jagged_weighted_sum(torch.zeros(2, 33), HEADS, ScoreLayout(s, 34)), r"shape \(2, 34\)"),
+    "negative": (lambda s: ScoreLayout(s, -1), "at least 0 scores"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call(SMALL.schedule(CPU))
+
+
+def test_operators_obey_torch_library(kernel_device: torch.device) -> None:
+    users = CROSS
+    layout, schedule = users.layout(kernel_device), Users(users.lengths).schedule(kernel_device)
+    tiles = layout.query_tiles(), layout.key_tiles(), layout.offsets
+    q, k, w, y = make(
+        kernel_device,
+        torch.float32,
+        (users.total, 2, 16),
+        (users.total_keys, 2, 16),
+        (6, 2, 16, 20),
+        (users.total, 2, 20),
+    )
+    (weights,) = make(kernel_device, torch.float32, (2, layout.total))
+    operands = [x.requires_grad_() for x in (q, k, w, y, weights)]
+    q, k, w, y, weights = operands
+    (row_tiles,) = schedule.query_tiles([32], causal=False)
+    offsets, _, longest = schedule.queries
+    ops = torch.ops.recsys_kernels
+    for op, args in (
+        (ops.jagged_scores, (q, k, *tiles, layout.total, 0.5, "ieee")),
+        (ops.jagged_weighted_sum, (weights, k, *tiles, users.total, 1.0, False, "ieee")),
+        (ops.jagged_weighted_sum, (weights, q, *tiles, users.total_keys, 1.0, True, "ieee")),
+    ):
+        torch.library.opcheck(op.default, args)
+    if kernel_device.type == "cpu":
+        torch.library.opcheck(ops.jagged_dense_bmm.default, (q, w, row_tiles, offsets, longest, "ieee"))
+        torch.library.opcheck(ops.jagged_jagged_bmm.default, (q, y, row_tiles, offsets, longest, "ieee"))
+
+
+def test_compiles_without_a_graph_break(kernel_device: torch.device) -> None:
+    layout, schedule = SMALL.layout(kernel_device), SMALL.schedule(kernel_device)
+
+    def block(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        mixed = jagged_weighted_sum(jagged_scores(q, k, layout, scale=0.1), k, layout)
+        return jagged_dense_bmm(mixed, jagged_jagged_bmm(q, k, schedule) + w, schedule)
+
+    operands = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16), (2, 2, 16, 16))
+    (dout,) = make(kernel_device, torch.float32, (8, 2, 16), seed=1)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_gradients(compiled, operands, dout), with_gradients(block, operands, dout), strict=True):
+        assert torch.equal(a, b)
