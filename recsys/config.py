@@ -46,6 +46,10 @@ class TrainConfig:
             raise ValueError(
                 "model.mixer=mean_pool has neither window nor dropout: leave attention.window and .dropout unset"
             )
+        if self.model.mixer is MixerKind.target and self.attention.window:
+            raise ValueError(
+                "model.mixer=target has no window, candidates see the whole history: unset attention.window"
+            )
 
 
 def register() -> None:

@@ -89,7 +89,7 @@ def test_overrides_from_the_readme_reach_their_place() -> None:
         ("data.history.men=3", ["did you mean 'mean'", "mean, max, sigma, empty_fraction"]),
         ("tranier.max_steps=3", ["allowed keys are: name, seed, model"]),
         ("model.width=wide", ["'wide'", "Integer", "model.width"]),
-        ("model.mixer=max", ["expected one of [attention, mean_pool]"]),
+        ("model.mixer=max", ["expected one of [attention, target, mean_pool]"]),
         ("attention=flash", ["auto", "dense", "jagged", "jagged_flash", "sdpa", "varlen"]),
         ("sharding.sequence.sharding_type=rows", ["table_wise, row_wise, column_wise"]),
         ("+sharding.tables.item.sharding_type=rows", ["sharding.tables.item.sharding_type is rows", "row_wise"]),
@@ -119,6 +119,12 @@ def test_a_mistake_is_answered_with_what_is_allowed(override: str, words: list[s
 def test_mean_pooling_refuses_what_only_attention_has() -> None:
     with pytest.raises(ConfigMistake, match="mean_pool has neither window nor dropout"):
         composed("model.mixer=mean_pool", "attention.window=4")
+
+
+def test_target_attention_has_no_window() -> None:
+    assert composed("experiment=target_attention").model.mixer is MixerKind.target
+    with pytest.raises(ConfigMistake, match="target has no window"):
+        composed("model.mixer=target", "attention.window=4")
 
 
 def run_train(*overrides: str) -> subprocess.CompletedProcess[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.attention.interface import JaggedLayout, MaskSpec
-from recsys.attention.padding import PaddedBackend, pad, unpad, visible_pairs
+from recsys.attention.interface import CrossLayout, JaggedLayout, MaskSpec
+from recsys.attention.padding import PaddedBackend, pad, unpad, visible_keys, visible_pairs
 
 
 class Dense(PaddedBackend):
@@ -29,8 +29,18 @@ class Dense(PaddedBackend):
         dropout_p: float,
     ) -> Tensor:
         visible = visible_pairs(layout, mask)
-        q, k, v = pad(q, layout), pad(k, layout), pad(v, layout)
-        scores = (q @ k.transpose(-2, -1)).float() * scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-        weights = F.dropout(weights, dropout_p, training=dropout_p > 0.0)
-        return unpad(weights.to(v.dtype) @ v, layout)
+        return unpad(_attend(pad(q, layout), pad(k, layout), pad(v, layout), visible, scale, dropout_p), layout)
+
+    def attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: CrossLayout, scale: float, dropout_p: float
+    ) -> Tensor:
+        visible = visible_keys(layout)
+        padded = pad(q, layout.queries), pad(k, layout.keys), pad(v, layout.keys)
+        return unpad(_attend(*padded, visible, scale, dropout_p), layout.queries)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, dropout_p: float) -> Tensor:
+    scores = (q @ k.transpose(-2, -1)).float() * scale
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    weights = F.dropout(weights, dropout_p, training=dropout_p > 0.0)
+    return weights.to(v.dtype) @ v

@@ -111,6 +111,31 @@ class JaggedLayout:
         return self._cache[key]
 
 
+@dataclass(frozen=True, eq=False)
+class CrossLayout:
+    """Queries and keys of the same users, in tensors of their own: a query sees all keys of its user."""
+
+    queries: JaggedLayout
+    keys: JaggedLayout
+    total_pairs: int | None = None
+    """Queries x keys added up over the users, known on the host. `jagged` needs it."""
+
+    _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.queries.num_users != self.keys.num_users:
+            raise ValueError(
+                f"the queries are of {self.queries.num_users} users, the keys of {self.keys.num_users}: they must be "
+                "the same users"
+            )
+
+    def cached(self, kind: str, build: Callable[[], T]) -> T:
+        """`build()`, made once per layout: all layers of a step share it."""
+        if kind not in self._cache:
+            self._cache[kind] = build()
+        return self._cache[kind]
+
+
 @dataclass(frozen=True)
 class Request:
     """The part of a call that decides whether a backend can serve it; all of it is known on the host."""
@@ -153,6 +178,12 @@ class AttentionBackend(ABC):
     ) -> Tensor:
         """Compute a checked, non-empty call."""
 
+    @abstractmethod
+    def attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: CrossLayout, scale: float, dropout_p: float
+    ) -> Tensor:
+        """Compute a checked, non-empty call of `cross`."""
+
     def __call__(
         self,
         q: Tensor,
@@ -177,18 +208,49 @@ class AttentionBackend(ABC):
         """
         q, k, v = _as_autocast_would(q, k, v)
         _check_tensors(q, k, v, layout, mask)
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p is {dropout_p}: allowed are values from 0 to below 1")
         mask = mask.simplified(layout)
-        request = Request(q.device, q.dtype, q.shape[2], mask, dropout_p)
-        reason = self.unavailable(q.device) or self.refuses(request)
-        if reason is not None:
-            raise ValueError(f"attention backend '{self.name}' can't do this: {reason}. {_who_can(request)}")
+        self._check_request(q, mask, dropout_p)
         if layout.total == 0:
             # No token on this rank. The sum keeps q, k and v in the graph, so that every projection gets a
             # (zero) gradient and DDP doesn't wait for it.
             return q + k + v
         return self.attend(q, k, v, layout, mask, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, dropout_p)
+
+    def cross(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: CrossLayout,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Cross attention `(N, H, D)`: every query sees all keys of its user. Zero for users without keys.
+
+        Args:
+            q: `(N, H, D)`, on the device of the layout's offsets.
+            k, v: `(L, H, D)`, in the dtype of q.
+            layout: which rows belong to which user.
+            scale, dropout_p: as for `__call__`.
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        q, k, v = _as_autocast_would(q, k, v)
+        _check_cross_tensors(q, k, v, layout)
+        self._check_request(q, MaskSpec(causal=False), dropout_p)
+        if layout.queries.total == 0 or layout.keys.total == 0:
+            # Zero, and q, k and v stay in the graph, so that DDP doesn't wait for gradients.
+            return q * 0.0 + (k[:, :, :1].sum() + v[:, :, :1].sum()) * 0.0
+        return self.attend_across(q, k, v, layout, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, dropout_p)
+
+    def _check_request(self, q: Tensor, mask: MaskSpec, dropout_p: float) -> None:
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p is {dropout_p}: allowed are values from 0 to below 1")
+        request = Request(q.device, q.dtype, q.shape[2], mask, dropout_p)
+        reason = self.unavailable(q.device) or self.refuses(request)
+        if reason is not None:
+            raise ValueError(f"attention backend '{self.name}' can't do this: {reason}. {_who_can(request)}")
 
 
 BACKENDS: dict[str, AttentionBackend] = {}
@@ -226,15 +288,36 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, mask: 
         )
     if q.shape[0] != layout.total:
         raise ValueError(f"q has {q.shape[0]} tokens, the layout {layout.total}: they must be equal")
-    if q.dtype != k.dtype or q.dtype != v.dtype:
-        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: they must be the same")
-    if not q.is_floating_point():
-        raise ValueError(f"q, k, v are {q.dtype}: allowed are floating-point dtypes")
+    _check_dtypes(q, k, v)
     devices = {q.device, k.device, v.device, layout.offsets.device}
     if mask.num_targets is not None:
         devices.add(mask.num_targets.device)
         if mask.num_targets.shape != (layout.num_users,):
             raise ValueError(f"num_targets has shape {tuple(mask.num_targets.shape)}: it must be ({layout.num_users},)")
+    _check_devices(devices, "q, k, v, offsets and num_targets")
+
+
+def _check_cross_tensors(q: Tensor, k: Tensor, v: Tensor, layout: CrossLayout) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: "
+            "they must be (N, H, D) and twice (L, H, D)"
+        )
+    for name, x, side in (("q", q, layout.queries), ("k", k, layout.keys)):
+        if x.shape[0] != side.total:
+            raise ValueError(f"{name} has {x.shape[0]} tokens, its layout {side.total}: they must be equal")
+    _check_dtypes(q, k, v)
+    devices = {q.device, k.device, v.device, layout.queries.offsets.device, layout.keys.offsets.device}
+    _check_devices(devices, "q, k, v and the offsets")
+
+
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: they must be the same")
+    if not q.is_floating_point():
+        raise ValueError(f"q, k, v are {q.dtype}: allowed are floating-point dtypes")
+
+
+def _check_devices(devices: set[torch.device], names: str) -> None:
     if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"q, k, v, offsets and num_targets lie on {names}: they must be on one device")
+        raise ValueError(f"{names} lie on {', '.join(sorted(map(str, devices)))}: they must be on one device")

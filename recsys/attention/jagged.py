@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
+from recsys.attention.interface import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec, Request
+from recsys.attention.jagged_flash import cross_schedule
+
+if TYPE_CHECKING:
+    from kernels.jagged.score_layout import ScoreLayout
 
 MAX_HEAD_DIM = 256
 
@@ -47,15 +53,8 @@ class Jagged(AttentionBackend):
     ) -> Tensor:
         from kernels.jagged import Schedule
         from kernels.jagged.score_layout import ScoreLayout
-        from kernels.jagged_matmul import jagged_scores, jagged_weighted_sum
-        from kernels.jagged_softmax import jagged_score_softmax
 
-        total_pairs = layout.total_pairs
-        if total_pairs is None:
-            raise ValueError(
-                "attention backend 'jagged' needs to know on the host how many scores there are: give the layout "
-                "total_pairs, the sum of the users' squared lengths"
-            )
+        total_pairs = _known(layout.total_pairs, "the sum of the users' squared lengths")
         scores = layout.cached(
             "score_layout",
             mask,
@@ -70,7 +69,33 @@ class Jagged(AttentionBackend):
                 total_pairs,
             ),
         )
-        weights = jagged_score_softmax(
-            jagged_scores(q, k, scores), scores, causal=mask.causal, window=mask.window, scale=scale
+        return _attend(q, k, v, scores, mask, scale, dropout_p)
+
+    def attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: CrossLayout, scale: float, dropout_p: float
+    ) -> Tensor:
+        from kernels.jagged.score_layout import ScoreLayout
+
+        total_pairs = _known(layout.total_pairs, "queries x keys added up over the users")
+        scores = layout.cached("score_layout", lambda: ScoreLayout(cross_schedule(layout), total_pairs))
+        return _attend(q, k, v, scores, MaskSpec(causal=False), scale, dropout_p)
+
+
+def _known(total_pairs: int | None, what: str) -> int:
+    if total_pairs is None:
+        raise ValueError(
+            "attention backend 'jagged' needs to know on the host how many scores there are: give the layout "
+            f"total_pairs, {what}"
         )
-        return jagged_weighted_sum(F.dropout(weights, dropout_p, training=dropout_p > 0.0), v, scores)
+    return total_pairs
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: ScoreLayout, mask: MaskSpec, scale: float, dropout_p: float
+) -> Tensor:
+    from kernels.jagged_matmul import jagged_scores, jagged_weighted_sum
+    from kernels.jagged_softmax import jagged_score_softmax
+
+    scores = jagged_scores(q, k, layout)
+    weights = jagged_score_softmax(scores, layout, causal=mask.causal, window=mask.window, scale=scale)
+    return jagged_weighted_sum(F.dropout(weights, dropout_p, training=dropout_p > 0.0), v, layout)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
+from recsys.attention.interface import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec, Request
+
+if TYPE_CHECKING:
+    from kernels.jagged import Schedule
 
 HEAD_DIMS = range(16, 257)
 
@@ -71,3 +76,38 @@ class JaggedFlash(AttentionBackend):
             dropout_p=dropout_p,
             schedule=schedule,
         )
+
+    def attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: CrossLayout, scale: float, dropout_p: float
+    ) -> Tensor:
+        from kernels.jagged_flash_attention import jagged_flash_attention
+
+        return jagged_flash_attention(
+            q,
+            k,
+            v,
+            layout.queries.offsets,
+            layout.queries.max_seqlen,
+            causal=False,
+            key_offsets=layout.keys.offsets,
+            max_key_seqlen=layout.keys.max_seqlen,
+            scale=scale,
+            dropout_p=dropout_p,
+            schedule=layout.cached("schedule", lambda: cross_schedule(layout)),
+        )
+
+
+def cross_schedule(layout: CrossLayout) -> Schedule:
+    """The tiles of cross attention, for the kernels."""
+    from kernels.jagged import Schedule
+
+    queries, keys = layout.queries, layout.keys
+    return Schedule(
+        queries.offsets,
+        queries.total,
+        queries.max_seqlen,
+        key_offsets=keys.offsets,
+        total_keys=keys.total,
+        max_key_seqlen=keys.max_seqlen,
+        check_values=True,
+    )

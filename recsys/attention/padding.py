@@ -9,7 +9,7 @@ import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
 import torch
 from torch import Tensor
 
-from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
+from recsys.attention.interface import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec, Request
 
 PADDABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """FBGEMM's CPU padding has no float64."""
@@ -57,6 +57,16 @@ def _visible_pairs(layout: JaggedLayout, mask: MaskSpec) -> Tensor:
     is_candidate = (i >= history) & (i < length)
     visible = (j < history) & (((i < history) & among_history) | is_candidate) | (i == j)
     return visible[:, None]
+
+
+def visible_keys(layout: CrossLayout) -> Tensor:
+    """`(B, 1, 1, S)` bool: is there a key j? Of a user without keys the first of the padding, whose value is zero."""
+
+    def build() -> Tensor:
+        position = torch.arange(layout.keys.max_seqlen, device=layout.keys.offsets.device)
+        return (position < layout.keys.offsets.diff().clamp(min=1)[:, None])[:, None, None]
+
+    return layout.cached("visible_keys", build)
 
 
 class PaddedBackend(AttentionBackend):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.attention.interface import JaggedLayout, MaskSpec
-from recsys.attention.padding import PaddedBackend, pad, unpad, visible_pairs
+from recsys.attention.interface import CrossLayout, JaggedLayout, MaskSpec
+from recsys.attention.padding import PaddedBackend, pad, unpad, visible_keys, visible_pairs
 
 
 class Sdpa(PaddedBackend):
@@ -44,3 +44,16 @@ class Sdpa(PaddedBackend):
             scale=scale,
         )
         return unpad(out, layout)
+
+    def attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: CrossLayout, scale: float, dropout_p: float
+    ) -> Tensor:
+        out = F.scaled_dot_product_attention(
+            pad(q, layout.queries),
+            pad(k, layout.keys),
+            pad(v, layout.keys),
+            attn_mask=None if layout.keys.is_rectangular else visible_keys(layout),
+            dropout_p=dropout_p,
+            scale=scale,
+        )
+        return unpad(out, layout.queries)

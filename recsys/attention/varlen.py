@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec, Request
+from recsys.attention.interface import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec, Request
 
 # Gradients of `_VarlenAttention.forward` arguments: three tensors, three others.
 Gradients = tuple[Tensor, Tensor, Tensor, None, None, None]
@@ -138,7 +138,7 @@ class Plan:
     """How a layout and mask are cut into FlashAttention calls: made once per step, nothing read back."""
 
     history: Spans | None
-    """History among itself; None when there is no history at all."""
+    """History among itself, in cross attention the queries against the keys; None when there is no history at all."""
 
     across: Spans | None
     """Candidates against the history; None without candidates or without history."""
@@ -172,6 +172,13 @@ def make_plan(layout: JaggedLayout, mask: MaskSpec) -> Plan:
         history_rows=_rows(offsets[:-1], cu_history, history_lengths, num_history),
         candidate_rows=_rows(offsets[1:] - target_lengths, cu_targets, target_lengths, mask.total_targets),
     )
+
+
+def make_cross_plan(layout: CrossLayout) -> Plan:
+    """One call, of all queries with all keys of their user."""
+    cu_q, cu_k = (side.offsets.to(torch.int32) for side in (layout.queries, layout.keys))
+    spans = Spans(cu_q, cu_k, layout.queries.max_seqlen, layout.keys.max_seqlen, causal=False, window=None)
+    return Plan(spans, across=None, history_rows=None, candidate_rows=None)
 
 
 def _offsets_of(lengths: Tensor) -> Tensor:
@@ -323,3 +330,9 @@ class Varlen(AttentionBackend):
         dropout_p: float,
     ) -> Tensor:
         return varlen_attention(q, k, v, layout, mask, scale, FlashAttention2())
+
+    def attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: CrossLayout, scale: float, dropout_p: float
+    ) -> Tensor:
+        plan = layout.cached("varlen_plan", lambda: make_cross_plan(layout))
+        return _VarlenAttention.apply(q, k, v, plan, scale, FlashAttention2())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
-from recsys.attention.interface import AttentionBackend, JaggedLayout, MaskSpec
+from recsys.attention.interface import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec
 from recsys.layers.sequence import JoinedSequence, user_of_token
 
 
@@ -20,6 +20,8 @@ class MixContext:
     sequence: JoinedSequence
     layout: JaggedLayout
     mask: MaskSpec
+    across: CrossLayout
+    """Candidates against the history."""
 
 
 class Mixer(nn.Module):
@@ -45,6 +47,32 @@ class AttentionMixer(Mixer):
     def forward(self, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, context: MixContext) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
         return self.backend(q_SHD, k_SHD, v_SHD, context.layout, context.mask, dropout_p=dropout_p)
+
+
+class TargetMixer(Mixer):
+    """Target attention: a candidate attends to the history of its user, and nothing else attends.
+
+    Work grows with candidates x history instead of the square of the history; in its blocks the history meets itself
+    nowhere, and its rows are zero here. DIN (Zhou et al. 2018, arXiv:1706.06978) weighs the
+    history by the candidate too; here with softmax and heads.
+
+    Args:
+        backend: computes it, unfused or fused.
+        dropout_p: probability of dropping an attention weight in training.
+    """
+
+    def __init__(self, backend: AttentionBackend, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        self.backend = backend
+        self.dropout_p = dropout_p
+
+    def forward(self, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, context: MixContext) -> Tensor:
+        sequence = context.sequence
+        q_NHD = sequence.candidates(q_SHD)
+        k_LHD, v_LHD = sequence.history(k_SHD), sequence.history(v_SHD)
+        dropout_p = self.dropout_p if self.training else 0.0
+        out_NHD = self.backend.cross(q_NHD, k_LHD, v_LHD, context.across, dropout_p=dropout_p)
+        return out_NHD.new_zeros(q_SHD.shape).index_copy(0, sequence.candidate_slots, out_NHD)
 
 
 class MeanPoolMixer(Mixer):
@@ -78,4 +106,9 @@ def mix_context(batch: Batch, sequence: JoinedSequence, mask: MaskSpec) -> MixCo
         max_targets=batch.max_candidates,
         max_history=batch.max_history,
     )
-    return MixContext(sequence, layout, mask)
+    across = CrossLayout(
+        JaggedLayout(batch.candidate_offsets, batch.max_candidates, batch.num_candidates),
+        JaggedLayout(batch.history_offsets, batch.max_history, batch.num_history),
+        total_pairs=int((batch.history_lengths * batch.candidate_lengths).sum()),
+    )
+    return MixContext(sequence, layout, mask, across)

@@ -30,6 +30,7 @@ class JoinedSequence:
     Attributes:
         offsets: `(B + 1,)` bounds of the users in the joined sequence.
         order: `(L + N,)`; the joined sequence is `cat([history, candidates])[order]`.
+        history_slots: `(L,)` positions of the history tokens in the joined sequence.
         candidate_slots: `(N,)` positions of the candidates in the joined sequence.
         history_user: `(L,)` user of each history token.
         candidate_user: `(N,)` user of each candidate.
@@ -41,6 +42,7 @@ class JoinedSequence:
 
     offsets: Tensor
     order: Tensor
+    history_slots: Tensor
     candidate_slots: Tensor
     history_user: Tensor
     candidate_user: Tensor
@@ -54,8 +56,12 @@ class JoinedSequence:
         return torch.cat([history, candidates]).index_select(0, self.order)
 
     def candidates(self, joined: Tensor) -> Tensor:
-        """`(L + N, W)` to `(N, W)`: the candidate tokens, in the order of `Batch.candidates`."""
+        """`(L + N, ...)` to `(N, ...)`: the candidate tokens, in the order of `Batch.candidates`."""
         return joined.index_select(0, self.candidate_slots)
+
+    def history(self, joined: Tensor) -> Tensor:
+        """`(L + N, ...)` to `(L, ...)`: the history tokens, in the order of `Batch.history`."""
+        return joined.index_select(0, self.history_slots)
 
 
 def join_layout(batch: Batch) -> JoinedSequence:
@@ -73,6 +79,7 @@ def join_layout(batch: Batch) -> JoinedSequence:
     return JoinedSequence(
         offsets=batch.history_offsets + batch.candidate_offsets,
         order=order,
+        history_slots=history_slots,
         candidate_slots=candidate_slots,
         history_user=history_user,
         candidate_user=candidate_user,

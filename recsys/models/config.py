@@ -10,6 +10,7 @@ class MixerKind(Enum):
     """How the tokens of a user meet in a block."""
 
     attention = "attention"
+    target = "target"
     mean_pool = "mean_pool"
 
 
@@ -50,7 +51,8 @@ class ModelConfig:
     """Hidden width of the SwiGLU feed-forward."""
 
     mixer: MixerKind = MixerKind.attention
-    """`mean_pool` replaces attention by the mean over the same visible tokens, for comparison."""
+    """`target`: candidates attend to the history, which doesn't attend to itself. `mean_pool` replaces attention by the
+    mean over the same visible tokens, for comparison."""
 
     max_history: int = 256
     """Longest history in events; longer ones are cut to their newest events."""

@@ -4,6 +4,7 @@ Shapes: `B` users, `L` history tokens, `N` candidates, `S = L + N` joined tokens
 `W` width, `E` embedding dims of the features put side by side, `C` context width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from recsys.attention.interface import AttentionBackend, MaskSpec
 from recsys.embeddings import PooledEmbeddings, SequenceEmbeddings, merge_features
 from recsys.layers.block import JaggedBlock
 from recsys.layers.encodings import EventEncoding
-from recsys.layers.mixers import AttentionMixer, MeanPoolMixer, Mixer, mix_context
+from recsys.layers.mixers import AttentionMixer, MeanPoolMixer, Mixer, TargetMixer, mix_context
 from recsys.layers.sequence import JoinedSequence, join_layout
 from recsys.models.config import MixerKind, ModelConfig
 
@@ -153,7 +154,12 @@ class RankingModel(nn.Module):
         super().__init__()
         self.sequence_embeddings = sequence_embeddings
         self.context_embeddings = context_embeddings
-        mixer = AttentionMixer(backend, attention_dropout) if config.mixer is MixerKind.attention else MeanPoolMixer()
+        mixers: dict[MixerKind, Callable[[], Mixer]] = {
+            MixerKind.attention: lambda: AttentionMixer(backend, attention_dropout),
+            MixerKind.target: lambda: TargetMixer(backend, attention_dropout),
+            MixerKind.mean_pool: MeanPoolMixer,
+        }
+        mixer = mixers[config.mixer]()
         self.interaction = Interaction(config, schema, mixer, mask, autocast_dtype)
 
     def forward(self, batch: Batch) -> Tensor:

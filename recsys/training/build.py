@@ -49,7 +49,7 @@ def build_parts(config: TrainConfig, device: torch.device, world_size: int) -> P
     autocast_dtype = _autocast_dtype(config.model.precision, device)
     backend = resolve(config.attention.backend, device)
     mask = MaskSpec(causal=config.attention.causal, window=config.attention.window)
-    if config.model.mixer is MixerKind.attention:
+    if config.model.mixer is not MixerKind.mean_pool:
         _check_attention(config, backend, mask, device, autocast_dtype or torch.float32)
     dims = table_dims(config.model, source.schema)
     with torch.device(device):
@@ -76,9 +76,12 @@ def _autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype |
 def _check_attention(
     config: TrainConfig, backend: AttentionBackend, mask: MaskSpec, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Ask the backend for the hardest call that training will make: with candidates at the end."""
-    with_candidates = MaskSpec(mask.causal, mask.window, torch.ones(1, dtype=torch.int64), total_targets=1)
-    request = Request(device, dtype, config.model.head_dim, with_candidates, config.attention.dropout)
+    """Ask the backend for the hardest call that training will make: with candidates at the end, or across."""
+    if config.model.mixer is MixerKind.target:
+        hardest = MaskSpec(causal=False)
+    else:
+        hardest = MaskSpec(mask.causal, mask.window, torch.ones(1, dtype=torch.int64), total_targets=1)
+    request = Request(device, dtype, config.model.head_dim, hardest, config.attention.dropout)
     reason = backend.refuses(request)
     if reason is not None:
         raise ValueError(

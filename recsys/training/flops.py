@@ -60,8 +60,8 @@ class FlopCounter:
             )
         )
         self.per_user = _linear_flops(interaction.context)
-        attends = config.mixer is MixerKind.attention
-        self.per_pair = 4 * config.num_heads * config.head_dim * config.num_layers if attends else 0
+        self.mixer = config.mixer
+        self.per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
 
     def step(self, batch: Batch) -> float:
         """FLOPs of forward and backward; the backward of a product is two products."""
@@ -71,8 +71,10 @@ class FlopCounter:
             + self.per_candidate * batch.num_candidates
             + self.per_user * batch.num_users
         )
-        if self.per_pair:
+        if self.mixer is MixerKind.attention:
             forward += self.per_pair * count_visible_pairs(batch.history_lengths, batch.candidate_lengths, self.mask)
+        elif self.mixer is MixerKind.target:
+            forward += self.per_pair * int((batch.history_lengths * batch.candidate_lengths).sum())
         return 3.0 * forward
 
 

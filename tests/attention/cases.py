@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged_flash_attention.reference import reference_attention
-from recsys.attention import AttentionBackend, JaggedLayout, MaskSpec
+from recsys.attention import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,13 @@ def make_layout(users: Users, device: torch.device, offsets_dtype: torch.dtype =
     return JaggedLayout(offsets, max(users.lengths), sum(users.lengths), sum(n * n for n in users.lengths))
 
 
+def make_cross_layout(
+    queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device, offsets_dtype: torch.dtype = torch.int64
+) -> CrossLayout:
+    sides = [make_layout(Users(lengths, ()), device, offsets_dtype) for lengths in (queries, keys)]
+    return CrossLayout(*sides, total_pairs=sum(m * n for m, n in zip(queries, keys, strict=True)))
+
+
 def make_mask(users: Users, mask_id: str, device: torch.device) -> MaskSpec:
     causal, window, with_targets = MASKS[mask_id]
     if not with_targets:
@@ -78,29 +85,47 @@ def make_inputs(total: int, device: torch.device, dtype: torch.dtype, num_heads:
     return Inputs(q, k, v, dout)
 
 
-def outputs_of(backend: AttentionBackend, inputs: Inputs, layout: JaggedLayout, mask: MaskSpec) -> list[Tensor]:
-    """out, dq, dk, dv."""
-    out = backend(inputs.q, inputs.k, inputs.v, layout, mask)
+def make_cross_inputs(layout: CrossLayout, device: torch.device, dtype: torch.dtype, head_dim: int = 16) -> Inputs:
+    q = make_inputs(layout.queries.total, device, dtype, head_dim=head_dim)
+    k = make_inputs(layout.keys.total, device, dtype, head_dim=head_dim)
+    return Inputs(q.q, k.k, k.v, q.dout)
+
+
+def outputs_of(
+    backend: AttentionBackend, inputs: Inputs, layout: JaggedLayout | CrossLayout, mask: MaskSpec
+) -> list[Tensor]:
+    """out, dq, dk, dv; across, where the layout is."""
+    if isinstance(layout, CrossLayout):
+        out = backend.cross(inputs.q, inputs.k, inputs.v, layout)
+    else:
+        out = backend(inputs.q, inputs.k, inputs.v, layout, mask)
     return [out, *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)]
 
 
-def reference_outputs(inputs: Inputs, layout: JaggedLayout, mask: MaskSpec, dtype: torch.dtype) -> list[Tensor]:
+def reference_outputs(
+    inputs: Inputs, layout: JaggedLayout | CrossLayout, mask: MaskSpec, dtype: torch.dtype
+) -> list[Tensor]:
     """out, dq, dk, dv of plain PyTorch computing in `dtype`."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    queries, keys = (layout.queries, layout.keys) if isinstance(layout, CrossLayout) else (layout, None)
     out = reference_attention(
         q,
         k,
         v,
-        layout.offsets,
-        layout.max_seqlen,
-        causal=mask.causal,
+        queries.offsets,
+        queries.max_seqlen,
+        causal=mask.causal and keys is None,
         window=mask.window,
         num_targets=mask.num_targets,
+        key_offsets=None if keys is None else keys.offsets,
+        max_key_seqlen=None if keys is None else keys.max_seqlen,
     )
     return [out, *torch.autograd.grad(out, (q, k, v), inputs.dout.to(dtype))]
 
 
-def assert_as_exact_as_pytorch(actual: list[Tensor], inputs: Inputs, layout: JaggedLayout, mask: MaskSpec) -> None:
+def assert_as_exact_as_pytorch(
+    actual: list[Tensor], inputs: Inputs, layout: JaggedLayout | CrossLayout, mask: MaskSpec
+) -> None:
     """The error against fp64 is at most 2× (gradients 3×) that of plain PyTorch in the inputs' dtype.
 
     Above a floor: rounding of the result, and of sums over the head dim in fp32 where the exact value is 0.

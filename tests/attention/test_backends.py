@@ -15,6 +15,8 @@ from tests.attention.cases import (
     USERS,
     Users,
     assert_as_exact_as_pytorch,
+    make_cross_inputs,
+    make_cross_layout,
     make_inputs,
     make_layout,
     make_mask,
@@ -61,6 +63,54 @@ def test_agrees_with_the_reference(name: str, mask_id: str, device: torch.device
         for dtype in dtypes_of(name, device):
             inputs = make_inputs(layout.total, device, dtype)
             assert_as_exact_as_pytorch(outputs_of(backend, inputs, layout, mask), inputs, layout, mask)
+
+
+CROSS = {
+    "mixed": ((2, 0, 3, 1, 0, 9), (7, 4, 0, 33, 0, 1)),
+    "keys_all_equal": ((1, 4), (5, 5)),
+    "nobody_has_keys": ((2, 1), (0, 0)),
+    "nobody_asks": ((0, 0), (3, 1)),
+    "nothing": ((0, 0), (0, 0)),
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", ALL)
+def test_cross_attention_agrees_with_the_reference(name: str, device: torch.device) -> None:
+    """Users without keys give zero, and gradients reach q, k and v even where nobody attends."""
+    backend = usable(name, device)
+    for queries, keys in CROSS.values():
+        for offsets_dtype in (torch.int64, torch.int32):
+            layout = make_cross_layout(queries, keys, device, offsets_dtype)
+            for dtype in dtypes_of(name, device):
+                inputs = make_cross_inputs(layout, device, dtype)
+                actual = outputs_of(backend, inputs, layout, MaskSpec())
+                assert_as_exact_as_pytorch(actual, inputs, layout, MaskSpec())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("name", ALL)
+def test_cross_attention_agrees_with_the_reference_at_size(name: str, head_dim: int) -> None:
+    device = torch.device("cuda")
+    backend = usable(name, device)
+    layout = make_cross_layout((130, 0, 64, 3, 20), (513, 30, 0, 700, 64), device, torch.int32)
+    inputs = make_cross_inputs(layout, device, torch.bfloat16, head_dim)
+    assert_as_exact_as_pytorch(outputs_of(backend, inputs, layout, MaskSpec()), inputs, layout, MaskSpec())
+
+
+@pytest.mark.parametrize("name", ["dense", "sdpa", "jagged", "jagged_flash"])
+def test_cross_attention_has_dropout(name: str, device: torch.device) -> None:
+    backend = usable(name, device)
+    layout = make_cross_layout((4, 3), (30, 20), device)
+    inputs = make_cross_inputs(layout, device, torch.float32)
+    ones = torch.ones_like(inputs.v)
+    torch.manual_seed(0)
+    out = backend.cross(inputs.q, inputs.k, ones, layout, dropout_p=0.25)
+    assert not torch.allclose(out, torch.ones_like(out))
+    torch.manual_seed(0)
+    assert torch.equal(backend.cross(inputs.q, inputs.k, ones, layout, dropout_p=0.25), out)
+    torch.testing.assert_close(backend.cross(inputs.q, inputs.k, ones, layout), torch.ones_like(out))
 
 
 @pytest.mark.gpu
@@ -222,11 +272,15 @@ def test_nothing_waits_for_the_device(name: str, mask_id: str) -> None:
     backend = usable(name, device)
     users = USERS["mixed"]
     inputs = make_inputs(sum(users.lengths), device, torch.bfloat16)
+    across = make_cross_layout(*CROSS["mixed"], device)
+    cross_inputs = make_cross_inputs(across, device, torch.bfloat16)
     outputs_of(backend, inputs, make_layout(users, device), make_mask(users, mask_id, device))  # compile first
+    outputs_of(backend, cross_inputs, make_cross_layout(*CROSS["mixed"], device), MaskSpec())
     layout, mask = make_layout(users, device), make_mask(users, mask_id, device)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         outputs_of(backend, inputs, layout, mask)
+        outputs_of(backend, cross_inputs, across, MaskSpec())
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from recsys.attention import AttentionConfig, BackendName, JaggedLayout, MaskSpec, backends, resolve
+from recsys.attention import AttentionConfig, BackendName, CrossLayout, JaggedLayout, MaskSpec, backends, resolve
 from recsys.attention.interface import Request
 
 CPU = torch.device("cpu")
@@ -111,6 +111,22 @@ def test_jagged_wants_the_number_of_scores(kernel_device: torch.device) -> None:
         backends()["jagged"](q, q, q, JaggedLayout(OFFSETS.to(kernel_device), 3, 5), MaskSpec())
     with pytest.raises(ValueError, match="total_pairs is 16: .* something between 5 and 15"):
         JaggedLayout(OFFSETS, 3, 5, total_pairs=16)
+
+
+def test_cross_attention_refuses_what_does_not_fit(kernel_device: torch.device) -> None:
+    layout = JaggedLayout(OFFSETS.to(kernel_device), 3, 5)
+    with pytest.raises(ValueError, match="queries are of 2 users, the keys of 1: they must be the same users"):
+        CrossLayout(layout, JaggedLayout(OFFSETS[[0, 2]], 5, 5))
+    across = CrossLayout(layout, layout)
+    q = torch.randn(5, 2, 16, device=kernel_device)
+    for name, arguments, message in (
+        ("sdpa", (q, q[:4], q[:4]), "k has 4 tokens, its layout 5"),
+        ("sdpa", (q, q, q[..., :8]), r"they must be \(N, H, D\) and twice \(L, H, D\)"),
+        ("dense", (q, q.half(), q), "they must be the same"),
+        ("jagged", (q, q, q), "'jagged' needs to know .* queries x keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backends()[name].cross(*arguments, across)
 
 
 def test_a_call_that_nobody_can_serve_says_so() -> None:

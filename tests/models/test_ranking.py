@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recsys.attention import MaskSpec
-from recsys.layers.mixers import MeanPoolMixer, mix_context
+from recsys.attention import MaskSpec, backends
+from recsys.layers.mixers import MeanPoolMixer, TargetMixer, mix_context
 from recsys.layers.sequence import join_layout
 from recsys.models.config import MixerKind, ModelConfig
 from recsys.models.ranking import table_dims
@@ -56,6 +56,21 @@ def test_mean_pool_is_the_mean_over_the_visible_tokens() -> None:
                 expected = v[[start + j for j in seen]].mean(0)
                 torch.testing.assert_close(got[start + i], expected)
             start += history + candidates
+
+
+def test_target_attention_is_softmax_over_the_history() -> None:
+    batch = batch_of([3, 0, 2], [2, 1, 1])
+    sequence = join_layout(batch)
+    q, k, v = torch.randn(3, sequence.total, 2, 16)
+    got = TargetMixer(backends()["dense"])(q, k, v, mix_context(batch, sequence, MaskSpec()))
+    start = 0
+    for history, candidates in zip([3, 0, 2], [2, 1, 1], strict=True):
+        seen = slice(start, start + history)
+        assert not got[seen].any()
+        for i in range(start + history, start + history + candidates):
+            weights = (torch.einsum("hd,lhd->hl", q[i], k[seen]) / 4.0).softmax(dim=1)
+            torch.testing.assert_close(got[i], torch.einsum("hl,lhd->hd", weights, v[seen]))
+        start += history + candidates
 
 
 def test_loss_is_the_mean_over_candidates_and_tasks() -> None:

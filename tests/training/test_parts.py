@@ -111,6 +111,9 @@ def test_flops_match_what_torch_counts() -> None:
     attends = FlopCounter(small_model_config(), task.model.interaction, MaskSpec()).step(batch)
     pairs = count_visible_pairs(batch.history_lengths, batch.candidate_lengths, MaskSpec())
     assert attends - mine == 3 * 4 * pairs * config.num_heads * config.head_dim * config.num_layers
+    target = small_model_config(mixer=MixerKind.target)
+    across = FlopCounter(target, task.model.interaction, MaskSpec()).step(batch)
+    assert across - mine == 3 * 4 * (5 * 2 + 9 * 3) * config.num_heads * config.head_dim * config.num_layers
 
 
 def test_peak_by_device_name() -> None:
