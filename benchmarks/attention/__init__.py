@@ -5,6 +5,6 @@
     python -m benchmarks.attention --shape name=X,users=64,heads=4,head_dim=64,mean=300,max=2048,window=256
     python -m benchmarks.attention --device cpu --shapes tiny
 
-`shapes.py` has the batches and what they cost at least, `providers.py` the kernels, `timing.py` says how time and
+`shapes.py` has the batches and what they cost at least, `providers.py` the kernels, `../timing.py` says how time and
 memory are taken, `accuracy.py` how results are judged, `rows.py` what the columns are.
 """

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, ROW_LIMIT
+from benchmarks.attention.calls import copies_past_cache
 from benchmarks.attention.candidates import Candidate
 from benchmarks.attention.shapes import Batch, Shape
-from benchmarks.attention.timing import CALLS_PER_REPLAY, capture, copies_past_cache, ms_in_turns
+from benchmarks.timing import CALLS_PER_REPLAY, capture, ms_in_turns
 from kernels.jagged.schedule import ListSpec, Schedule
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.call import Call

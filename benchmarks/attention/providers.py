@@ -93,7 +93,7 @@ class BackendProvider(Provider):
         self.backend = backends()[self.name]
         self.mask = _mask_spec(batch)
         # A layout of its own: it keeps masks of B x S x S, which must go when this provider does.
-        self.layout = JaggedLayout(batch.offsets, batch.max_seqlen, batch.total)
+        self.layout = JaggedLayout(batch.offsets, batch.max_seqlen, batch.total, sum(n * n for n in batch.lengths))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.backend(q, k, v, self.layout, self.mask)
@@ -127,6 +127,13 @@ class Varlen(BackendProvider):
     """torch's varlen FlashAttention-2."""
 
     name = "varlen"
+
+
+class Jagged(BackendProvider):
+    """Ours, unfused: shows what fusing buys."""
+
+    name = "jagged"
+    is_ours = True
 
 
 class Flex(Provider):
@@ -344,7 +351,9 @@ class JaggedFlashShared(JaggedFlash):
         )
 
 
-_ALL: tuple[type[Provider], ...] = (Dense, Sdpa, Varlen, Flex, FlashAttention4, Sll, JaggedFlash, JaggedFlashShared)
+_ALL: tuple[type[Provider], ...] = (
+    Dense, Sdpa, Varlen, Flex, FlashAttention4, Sll, Jagged, JaggedFlash, JaggedFlashShared,
+)  # fmt: skip
 PROVIDERS: dict[str, type[Provider]] = {provider.name: provider for provider in _ALL}
 
 

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.attention import plots, rows
 from benchmarks.attention.accuracy import Reference
+from benchmarks.attention.calls import calls_of, copies_past_cache, run_once
 from benchmarks.attention.providers import PROVIDERS, Provider, flash_attention_version
 from benchmarks.attention.rows import Row
 from benchmarks.attention.shapes import (
@@ -29,8 +30,8 @@ from benchmarks.attention.shapes import (
     parse_shape,
     work_of,
 )
-from benchmarks.attention.timing import MODES, Ready, Timing, copies_past_cache, prepare, run_once, time_in_turns
 from benchmarks.csv_file import append_rows, check_columns
+from benchmarks.timing import MODES, Ready, Timing, prepare, time_in_turns
 from recsys.versions import environment
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -270,7 +271,7 @@ def _check(
         "relative_error": float(f"{errors.relative:.3g}"),
         "prepare_s": round(prepare_s, 2),
     }
-    return Prepared(row, prepare(attention, converted, mode, repeats, pool))
+    return Prepared(row, prepare(calls_of(attention, converted, mode), batch.device, repeats, pool))
 
 
 def _figures(timing: Timing, work: Work, has_floor: bool) -> Row:

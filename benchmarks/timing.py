@@ -21,10 +21,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention.shapes import Batch, Inputs
-
-MODES = ("forward", "forward_backward")
-
 CALLS_PER_REPLAY = 10
 QUEUED_CALLS = 50
 ORDER_SEED = 0
@@ -38,8 +34,10 @@ SLOW_QUEUED_CALLS = 2
 LEAST_COPIES = 2
 L2_CACHES_TO_PASS = 2  # the sets of inputs together are at least so many times the L2 cache
 
-Results = tuple[torch.Tensor, ...]
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MODES = ("forward", "forward_backward")
+
+Calls = Callable[[int], object]
+"""Issues the i-th call, on one of several sets of inputs."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,11 @@ class Timing:
     """Greatest allocated memory during a call, above what was there before it; None on a CPU."""
 
 
-def run_once(attention: Attention, inputs: Inputs, mode: str) -> Results:
-    """`(out,)`, or `(out, dq, dk, dv)` for the gradient `inputs.dout`."""
-    if mode == "forward":
-        with torch.no_grad():
-            return (attention(inputs.q, inputs.k, inputs.v),)
-    out = attention(inputs.q, inputs.k, inputs.v)
-    return out, *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)
-
-
-def copies_past_cache(batch: Batch) -> int:
-    """How many sets of inputs one replay has to rotate over to be past the L2 cache."""
-    if batch.device.type != "cuda":
+def sets_past_cache(num_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs of so many bytes one replay has to rotate over to be past the L2 cache."""
+    if device.type != "cuda":
         return 1
-    cache = torch.cuda.get_device_properties(batch.device).L2_cache_size
-    shape = batch.shape
-    num_bytes = batch.total * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * batch.dtype.itemsize
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
     needed = -(-L2_CACHES_TO_PASS * cache // max(num_bytes, 1))
     return min(max(needed, LEAST_COPIES), CALLS_PER_REPLAY)
 
@@ -93,24 +80,31 @@ class Ready:
     peak_mib: float | None
 
 
-def prepare(
-    attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int, pool: Any = None
-) -> Ready | Timing:
-    """Make a call that has run before (and so is compiled) ready to be timed.
+def prepare(make_calls: Callable[[], Calls], device: torch.device, repeats: int, pool: Any = None) -> Ready | Timing:
+    """Make calls that have run before (and so are compiled) ready to be timed.
 
-    What is so slow that it can't compete, and all on a CPU, is timed at once. `pool`: see `capture`.
+    What is so slow that it can't compete, and all on a CPU, is timed at once.
+
+    Args:
+        make_calls: gives calls whose leaves of autograd nobody has used yet. A leaf's node belongs to the stream on
+            which it was first used, and lives on if a provider's graph has a cycle; gradients would then go to that
+            stream in the middle of a capture.
+        device: where they run.
+        repeats: of what is timed at once.
+        pool: see `capture`.
     """
-    if inputs[0].q.device.type != "cuda":
-        return _measure_on_cpu(attention, inputs, mode, repeats)
-    peak_mib = _peak_mib(attention, inputs[0], mode)
-    if _queued_ms(attention, inputs, mode, repeats=1, calls=1) > SLOW_CALL_MS:
-        device_ms = _queued_ms(attention, inputs, mode, SLOW_REPEATS, calls=1)
-        return Timing(device_ms, _call_ms(attention, inputs, mode, SLOW_QUEUED_CALLS), "queued", peak_mib)
-    replay = _capture_attention(attention, inputs, mode, pool)
-    call_ms = _call_ms(attention, inputs, mode, QUEUED_CALLS)
+    call = make_calls()
+    if device.type != "cuda":
+        return _measure_on_cpu(call, repeats)
+    peak_mib = _peak_mib(call)
+    if _queued_ms(call, repeats=1, calls=1) > SLOW_CALL_MS:
+        device_ms = _queued_ms(call, SLOW_REPEATS, calls=1)
+        return Timing(device_ms, _call_ms(call, SLOW_QUEUED_CALLS), "queued", peak_mib)
+    replay = _capture_or_none(make_calls(), pool)
+    call_ms = _call_ms(call, QUEUED_CALLS)
     if replay is not None:
         return Ready(replay, CALLS_PER_REPLAY, "graph", call_ms, peak_mib)
-    return Ready(_some_calls(attention, inputs, mode, CALLS_PER_REPLAY), CALLS_PER_REPLAY, "queued", call_ms, peak_mib)
+    return Ready(_some_calls(call, CALLS_PER_REPLAY), CALLS_PER_REPLAY, "queued", call_ms, peak_mib)
 
 
 def time_in_turns(ready: Sequence[Ready], repeats: int) -> list[Timing | Exception]:
@@ -170,38 +164,35 @@ def turns_in_order(num_functions: int, rounds: int) -> Iterator[tuple[int, int]]
             yield i_round, i
 
 
-def _measure_on_cpu(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int) -> Timing:
+def _measure_on_cpu(call: Calls, repeats: int) -> Timing:
     times = []
     for i in range(repeats):
         start = time.perf_counter()
-        run_once(attention, inputs[i % len(inputs)], mode)
+        call(i)
         times.append(1e3 * (time.perf_counter() - start))
     return Timing(statistics.median(times), sum(times) / len(times), "wall", None)
 
 
-def _peak_mib(attention: Attention, inputs: Inputs, mode: str) -> float:
+def _peak_mib(call: Calls) -> float:
     """Memory that one call needs beyond what was allocated before it, its results included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run_once(attention, inputs, mode)
+    call(0)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _capture_attention(
-    attention: Attention, inputs: Sequence[Inputs], mode: str, pool: Any
-) -> Callable[[], None] | None:
+def _capture_or_none(call: Calls, pool: Any) -> Callable[[], None] | None:
     """As `capture`; None where the calls can't be captured."""
-    leaves = [_fresh_leaves(one) for one in inputs]
     try:
-        return capture(lambda i: run_once(attention, leaves[i % len(leaves)], mode), pool)
+        return capture(call, pool)
     except Exception:  # whatever a call did that a capture forbids, in its own library's words; or no memory for a copy
         torch.cuda.synchronize()
         return None
 
 
-def capture(call: Callable[[int], object], pool: Any) -> Callable[[], None]:
+def capture(call: Calls, pool: Any) -> Callable[[], None]:
     """Replays calls 0 ... `CALLS_PER_REPLAY` - 1, captured in a CUDA graph after one that isn't.
 
     `pool` is the graph's memory; graphs that share it write over each other's results, which nobody reads.
@@ -224,27 +215,17 @@ def capture(call: Callable[[int], object], pool: Any) -> Callable[[], None]:
     return replay
 
 
-def _fresh_leaves(inputs: Inputs) -> Inputs:
-    """The same memory as new leaves of autograd.
-
-    A leaf's node belongs to the stream on which it was first used, and lives on if a provider's graph has a cycle;
-    gradients would then go to that stream in the middle of a capture.
-    """
-    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    return Inputs(q, k, v, inputs.dout)
-
-
-def _some_calls(attention: Attention, inputs: Sequence[Inputs], mode: str, calls: int) -> Callable[[], None]:
+def _some_calls(call: Calls, calls: int) -> Callable[[], None]:
     def some_calls() -> None:
         for i in range(calls):
-            run_once(attention, inputs[i % len(inputs)], mode)
+            call(i)
 
     return some_calls
 
 
-def _queued_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, repeats: int, calls: int) -> float:
+def _queued_ms(call: Calls, repeats: int, calls: int) -> float:
     """Milliseconds per call of `repeats` times `calls` calls issued without a pause."""
-    some_calls = _some_calls(attention, inputs, mode, calls)
+    some_calls = _some_calls(call, calls)
     some_calls()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
@@ -256,10 +237,10 @@ def _queued_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, repeat
     return statistics.median(times) / calls
 
 
-def _call_ms(attention: Attention, inputs: Sequence[Inputs], mode: str, calls: int) -> float:
+def _call_ms(call: Calls, calls: int) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
     for i in range(calls):
-        run_once(attention, inputs[i % len(inputs)], mode)
+        call(i)
     torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start) / calls
