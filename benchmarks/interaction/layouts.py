@@ -1,0 +1,87 @@
+"""A batch in the layouts of the providers, and what is converted between them outside of the timed region."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention.shapes import Batch
+from kernels.jagged import Schedule
+from kernels.jagged.score_layout import ScoreLayout, count_scores
+
+
+class Layouts:
+    """Where rows and scores of a batch are, ours and padded.
+
+    Letters: `B` users, `L` tokens, `S` tokens of the longest user, `H` heads, `T` scores of a head.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.num_scores = count_scores(batch.lengths)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        batch = self.batch
+        return Schedule(batch.offsets, batch.total, batch.max_seqlen, num_targets=batch.num_targets)
+
+    @cached_property
+    def scores(self) -> ScoreLayout:
+        return ScoreLayout(self.schedule, self.num_scores)
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """`(B, S)`"""
+        lengths = torch.tensor(self.batch.lengths, device=self.batch.device)
+        return torch.arange(self.batch.max_seqlen, device=self.batch.device) < lengths[:, None]
+
+    @property
+    def is_score(self) -> Tensor:
+        """`(B, S, S)`, made anew: it is large."""
+        return self.is_token[:, :, None] & self.is_token[:, None, :]
+
+    def pad_rows(self, x: Tensor) -> Tensor:
+        """`(L, ...)` to `(B, S, ...)`, zero where there is no token."""
+        padded = x.new_zeros((*self.is_token.shape, *x.shape[1:]))
+        padded[self.is_token] = x.detach()
+        return padded
+
+    def unpad_rows(self, x: Tensor) -> Tensor:
+        return x[self.is_token]
+
+    def pad_scores(self, x: Tensor) -> Tensor:
+        """`(H, T)` to `(B, H, S, S)`"""
+        is_score = self.is_score
+        padded = x.new_zeros((x.shape[0], *is_score.shape))
+        padded[:, is_score] = x.detach()
+        return padded.transpose(0, 1).contiguous()
+
+    def unpad_scores(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)[:, self.is_score]
+
+    def offsets_of_heads(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For who has no heads: each is taken as users of its own, one head after the other.
+
+        Lengths and offsets of rows, lengths and offsets of scores; int64.
+        """
+        rows = self.batch.lengths * num_heads
+        scores = [n * n for n in rows]
+        device = self.batch.device
+
+        def offsets(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *itertools.accumulate(lengths)], device=device)
+
+        return torch.tensor(rows, device=device), offsets(rows), torch.tensor(scores, device=device), offsets(scores)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """`(L, H, D)` to `(H L, D)`."""
+    return x.detach().transpose(0, 1).reshape(-1, x.shape[2])
+
+
+def heads_inside(x: Tensor, num_heads: int) -> Tensor:
+    """And back."""
+    return x.view(num_heads, -1, x.shape[1]).transpose(0, 1)

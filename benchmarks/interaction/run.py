@@ -1,0 +1,364 @@
+"""The comparison itself: every operation by every provider on every shape in every mode, one row each."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, ROW_LIMIT
+from benchmarks.attention.rows import ABSENT, FAILED, INACCURATE, OK, OUT_OF_MEMORY, UNSUPPORTED, Row
+from benchmarks.attention.shapes import INPUTS_SEED, ROOF_GPU, SHAPES, Batch, Shape, parse_shape
+from benchmarks.csv_file import append_rows, check_columns
+from benchmarks.interaction.layouts import Layouts
+from benchmarks.interaction.operations import OPERATIONS, OURS, PADDED, PROVIDERS, Operation, Provider
+from benchmarks.timing import MODES, Calls, Ready, Timing, prepare, sets_past_cache, time_in_turns
+from kernels.jagged import unavailable_reason
+from recsys.tables import format_table
+from recsys.versions import environment
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+GIGABYTE = Shape("G1", users=8192, heads=4, head_dim=64, mean=128, max=512)
+"""About a gigabyte of traffic where rows are read and written once."""
+
+ALL_SHAPES = {**SHAPES, GIGABYTE.name: GIGABYTE}
+DEFAULT_SHAPES = {"cuda": ["S1", "S3", "M1", "M2", "G1"], "cpu": ["tiny"]}
+
+SHAPE = ("shape", "users", "heads", "head_dim", "causal", "window", "tokens", "mean_length", "max_length", "scores")
+FIGURES = (
+    "status", "reason", "method", "device_ms", "call_ms", "peak_mib", "gflop", "tflop_per_s", "mb", "gb_per_s",
+    "floor_ms", "fraction_of_floor", "ratio_to_best_peer", "ratio_to_padded", "relative_error",
+)  # fmt: skip
+ENVIRONMENT = ("device", "torch", "triton", "cuda", "fbgemm", "git_commit", "command")
+COLUMNS = ("operation", *SHAPE, "dtype", "mode", "provider", *FIGURES, *ENVIRONMENT)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    operations: list[str]
+    shapes: list[Shape]
+    providers: list[str]
+    modes: list[str]
+    dtype: torch.dtype
+    device: torch.device
+    repeats: int
+    output: Path | None
+    command: str
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Options of the command line; a wrong one ends the program with a message that says what is allowed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.interaction",
+        description="Time, memory and accuracy of the building blocks of interactions on jagged batches.",
+    )
+    parser.add_argument("--operations", type=_names, default=list(OPERATIONS), help=f"of {', '.join(OPERATIONS)}")
+    parser.add_argument("--shapes", type=_names, help=f"names of {', '.join(ALL_SHAPES)}")
+    parser.add_argument(
+        "--shape", type=_shape, action="append", default=[], metavar="KEY=VALUE,...", help="another, as for attention"
+    )
+    parser.add_argument("--providers", type=_names, default=list(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
+    parser.add_argument("--modes", type=_names, default=list(MODES), help=f"of {', '.join(MODES)}")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=21, help="turns of each provider, of which the median counts")
+    parser.add_argument("--output", type=Path, help="CSV file that the rows are added to")
+    given = parser.parse_args(arguments)
+    names = given.shapes
+    if names is None:
+        names = [] if given.shape else DEFAULT_SHAPES[given.device]
+    for what, chosen, allowed in (
+        ("operation", given.operations, OPERATIONS),
+        ("shape", names, ALL_SHAPES),
+        ("provider", given.providers, PROVIDERS),
+        ("mode", given.modes, MODES),
+    ):
+        unknown = [name for name in chosen if name not in allowed]
+        if unknown:
+            parser.error(f"there is no {what} {', '.join(unknown)}: allowed are {', '.join(allowed)}")
+    if given.repeats < 1:
+        parser.error(f"--repeats is {given.repeats}: allowed are values >= 1")
+    shapes = [*(ALL_SHAPES[name] for name in names), *given.shape]
+    for shape in shapes:
+        if shape.kv_heads != shape.heads:
+            parser.error(
+                f"shape {shape.name} has kv_heads={shape.kv_heads}: here all have as many heads, {shape.heads}"
+            )
+    device = torch.device(given.device)
+    reason = unavailable_reason(device)
+    if reason is not None:
+        parser.error(reason)
+    return Options(
+        given.operations, shapes, given.providers, given.modes, DTYPES[given.dtype], device, given.repeats,
+        given.output, shlex.join(["python", "-m", "benchmarks.interaction", *arguments]),
+    )  # fmt: skip
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None  # argparse hides what a ValueError says
+
+
+def run_benchmark(options: Options) -> list[Row]:
+    """Measure everything, print a table per mode, and keep rows where the options say.
+
+    Raises:
+        ValueError: `options.output` is a file with other columns.
+    """
+    if options.output is not None:
+        check_columns(options.output, COLUMNS)
+    known = {**environment(), "command": options.command}
+    known_columns = {name: known[name] for name in ENVIRONMENT}
+    print(f"{known['device']}, torch {known['torch']}, triton {known['triton']}, commit {known['git_commit']}")
+    everything: list[Row] = []
+    for shape in options.shapes:
+        layouts = Layouts(Batch(shape, options.dtype, options.device))
+        for name in options.operations:
+            operation = OPERATIONS[name](layouts)
+            for mode in options.modes:
+                group = [{**_described(operation, mode, name), **known_columns} for name in options.providers]
+                for row, figures in zip(group, _measure(options, operation, mode), strict=True):
+                    row |= figures
+                    print(_line(row), flush=True)
+                _fill_ratios(group)
+                everything += group
+                if options.output is not None:
+                    append_rows(options.output, group, COLUMNS)
+                gc.collect()
+                if options.device.type == "cuda":
+                    torch.cuda.empty_cache()
+    for mode in options.modes:
+        print(f"\n{mode}, device ms\n{table(everything, mode)}")
+    return everything
+
+
+def _described(operation: Operation, mode: str, provider: str) -> Row:
+    batch, shape, work = operation.batch, operation.shape, operation.work(mode)
+    return {
+        "operation": operation.name,
+        "shape": shape.name,
+        **{name: getattr(shape, name) for name in ("users", "heads", "head_dim", "causal", "window")},
+        "tokens": batch.total,
+        "mean_length": round(batch.total / shape.users, 1),
+        "max_length": batch.max_seqlen,
+        "scores": operation.layouts.num_scores,
+        "dtype": str(batch.dtype).removeprefix("torch."),
+        "mode": mode,
+        "provider": provider,
+        "gflop": round(work.flop / 1e9, 3),
+        "mb": round(work.num_bytes / 1e6, 3),
+        "floor_ms": round(work.floor_ms, 5) if _has_floor(batch.device) else None,
+    }
+
+
+def _has_floor(device: torch.device) -> bool:
+    return device.type == "cuda" and ROOF_GPU in torch.cuda.get_device_name(device)
+
+
+def _measure(options: Options, operation: Operation, mode: str) -> list[Row]:
+    """Status and figures of all providers; whatever goes wrong in one is its status and reason."""
+    batch = operation.batch
+    generator = torch.Generator(batch.device).manual_seed(INPUTS_SEED)
+
+    def normal(shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=batch.dtype, device=batch.device)
+
+    shapes = operation.operand_shapes()
+    num_bytes = sum(int(torch.Size(shape).numel()) for shape in shapes) * batch.dtype.itemsize
+    num_sets = sets_past_cache(num_bytes, batch.device)
+    sets = [[normal(shape) for shape in shapes] for _ in range(num_sets)]
+    dout = normal(operation.result_shape())
+    exact = _results(operation.reference, [x.float() for x in sets[0]], dout.float(), mode)
+    known = operation.providers()
+    pool = torch.cuda.graph_pool_handle() if batch.device.type == "cuda" else None
+    prepared: list[tuple[Row, Ready | Timing | None]] = []
+    for name in options.providers:
+        if name not in known:
+            prepared.append(
+                ({"status": UNSUPPORTED, "reason": "it doesn't have this operation, or not this mask"}, None)
+            )
+            continue
+        reason = known[name].absent(batch.device)
+        if reason is not None:
+            prepared.append(({"status": ABSENT, "reason": reason}, None))
+            continue
+        try:
+            prepared.append(_prepare(known[name], sets, dout, exact, mode, options.repeats, pool))
+        except Exception as error:  # a peer's own bug must not end the comparison
+            prepared.append((_failure(error), None))
+        if batch.device.type == "cuda":
+            torch.cuda.empty_cache()
+    turns = iter(time_in_turns([ready for _, ready in prepared if isinstance(ready, Ready)], options.repeats))
+    measured = []
+    for row, ready in prepared:
+        timing = next(turns) if isinstance(ready, Ready) else ready
+        if isinstance(timing, Timing):
+            row = {**row, **_figures(timing, operation, mode)}
+        elif timing is not None:
+            row = _failure(timing)
+        measured.append(row)
+    return measured
+
+
+def _results(call: Callable[..., Tensor], operands: Sequence[Tensor], dout: Tensor, mode: str) -> list[Tensor]:
+    """The result, and the gradients of the operands."""
+    if mode == "forward":
+        with torch.no_grad():
+            return [call(*operands)]
+    leaves = [x.detach().requires_grad_() for x in operands]
+    out = call(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, dout)]
+
+
+def _prepare(
+    provider: Provider,
+    sets: Sequence[Sequence[Tensor]],
+    dout: Tensor,
+    exact: Sequence[Tensor],
+    mode: str,
+    repeats: int,
+    pool: Any,
+) -> tuple[Row, Ready | Timing]:
+    convert = provider.operands or [lambda x: x] * len(sets[0])
+    converted = [[one(x) for one, x in zip(convert, operands, strict=True)] for operands in sets]
+    dout = dout if provider.dout is None else provider.dout(dout)
+    results = _results(provider.call, converted[0], dout, mode)
+    restore = [provider.result, *(provider.gradients or [lambda x: x] * len(convert))]
+    error = max(
+        relative_error(one(actual), expected) for one, actual, expected in zip(restore, results, exact, strict=False)
+    )
+    del results
+    limit = ROW_LIMIT * torch.finfo(sets[0][0].dtype).eps
+    limit *= FLOAT32_LIMIT_FACTOR if sets[0][0].dtype == torch.float32 else 1
+    accurate = error <= limit
+    row = {
+        "status": OK if accurate else INACCURATE,
+        "reason": "" if accurate else f"the error is {error / limit:.2g} times what {sets[0][0].dtype} explains",
+        "relative_error": float(f"{error / limit:.3g}"),
+    }
+
+    def make_calls() -> Calls:
+        leaves = [[x.detach().requires_grad_(mode != "forward") for x in operands] for operands in converted]
+
+        def call(i: int) -> object:
+            operands = leaves[i % len(leaves)]
+            if mode == "forward":
+                with torch.no_grad():
+                    return provider.call(*operands)
+            out = provider.call(*operands)
+            return out, torch.autograd.grad(out, operands, dout)
+
+        return call
+
+    return row, prepare(make_calls, dout.device, repeats, pool)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over that of the exact values; infinite where a value isn't finite."""
+    difference = actual.detach().float() - exact.detach()
+    if not bool(torch.isfinite(difference).all()):
+        return math.inf
+    size = float(exact.detach().square().mean().sqrt())
+    return float(difference.square().mean().sqrt()) / max(size, torch.finfo(torch.float32).tiny)
+
+
+def _failure(error: Exception) -> Row:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": OUT_OF_MEMORY, "reason": reason}
+    if isinstance(error, ValueError | NotImplementedError):
+        return {"status": UNSUPPORTED, "reason": reason}
+    return {"status": FAILED, "reason": f"{type(error).__name__}: {reason}"}
+
+
+def _figures(timing: Timing, operation: Operation, mode: str) -> Row:
+    work = operation.work(mode)
+    return {
+        "method": timing.method,
+        "device_ms": round(timing.device_ms, 5),
+        "call_ms": round(timing.call_ms, 5),
+        "peak_mib": None if timing.peak_mib is None else round(timing.peak_mib, 3),
+        "tflop_per_s": round(work.flop / timing.device_ms / 1e9, 3),
+        "gb_per_s": round(work.num_bytes / timing.device_ms / 1e6, 2),
+        "fraction_of_floor": (
+            round(work.floor_ms / timing.device_ms, 4) if _has_floor(operation.batch.device) else None
+        ),
+    }
+
+
+def _fill_ratios(rows: Sequence[Row]) -> None:
+    """How many times faster a row is than the fastest accurate peer, and than the padded one."""
+    timed = [row for row in rows if row.get("device_ms") is not None]
+    peers = [row["device_ms"] for row in timed if row["provider"] != OURS and row["status"] == OK]
+    padded = [row["device_ms"] for row in timed if row["provider"] == PADDED and row["status"] == OK]
+    for row in timed:
+        row["ratio_to_best_peer"] = round(min(peers) / row["device_ms"], 3) if peers else None
+        row["ratio_to_padded"] = round(padded[0] / row["device_ms"], 3) if padded else None
+
+
+def table(rows: Sequence[Row], mode: str) -> str:
+    """The rows of one mode: a line per operation and shape, and the geometric mean of how ours stands."""
+    rows = [row for row in rows if row["mode"] == mode]
+    providers = [name for name in PROVIDERS if any(r["provider"] == name and r["status"] != ABSENT for r in rows)]
+    header = ["operation", "shape", "floor", *providers, "peer/ours", "padded/ours", "of floor", "MiB", "MiB padded"]
+    lines, ratios = [], []
+    for operation, shape in dict.fromkeys((row["operation"], row["shape"]) for row in rows):
+        of = {row["provider"]: row for row in rows if (row["operation"], row["shape"]) == (operation, shape)}
+        ours, padded = of.get(OURS, {}), of.get(PADDED, {})
+        if ours.get("ratio_to_best_peer"):
+            ratios.append(ours["ratio_to_best_peer"])
+        floor = next(iter(of.values())).get("floor_ms")
+        lines.append([
+            operation, shape, _cell(floor, ".3f"), *(_milliseconds(of.get(name, {})) for name in providers),
+            _cell(ours.get("ratio_to_best_peer"), ".2f"), _cell(ours.get("ratio_to_padded"), ".2f"),
+            _cell(ours.get("fraction_of_floor"), ".0%"), _cell(ours.get("peak_mib"), ",.0f"),
+            _cell(padded.get("peak_mib"), ",.0f"),
+        ])  # fmt: skip
+    text = format_table(header, lines, [name not in ("operation", "shape") for name in header])
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        text += f"\npeer/ours, geometric mean: {mean:.2f}"
+    return text
+
+
+def _milliseconds(row: Row) -> str:
+    if row.get("device_ms") is None:
+        return str(row.get("status", "-"))
+    return f"{row['device_ms']:.3f}" + ("!" if row["status"] == INACCURATE else "")
+
+
+def _cell(value: float | None, pattern: str) -> str:
+    return "-" if value is None else format(value, pattern)
+
+
+def _line(row: Row) -> str:
+    name = f"{row['operation']}, {row['shape']}, {row['mode']}, {row['provider']}"
+    if row.get("device_ms") is None:
+        return f"{name}: {row['status']}: {row['reason']}"
+    note = "" if row["status"] == OK else f", {row['status']}: {row['reason']}"
+    return f"{name}: {row['device_ms']:.4f} ms ({row['method']}), {row['call_ms']:.4f} ms a call{note}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; rows of other columns in the output file end it with a message."""
+    try:
+        run_benchmark(parse_options(sys.argv[1:] if arguments is None else arguments))
+    except ValueError as error:
+        sys.exit(f"benchmarks.interaction: {error}")

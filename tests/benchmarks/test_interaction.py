@@ -1,0 +1,129 @@
+"""The comparison of building blocks: who does what, whether results are judged rightly, what a row says."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.attention.shapes import Batch, Shape
+from benchmarks.interaction import run
+from benchmarks.interaction.layouts import Layouts
+from benchmarks.interaction.operations import OPERATIONS, OURS, PADDED, PROVIDERS
+from benchmarks.interaction.run import COLUMNS, main, parse_options, relative_error, run_benchmark, table
+from tests.conftest import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="Triton can't run here")
+CPU = torch.device("cpu")
+FULL = Shape("full", users=5, heads=2, head_dim=16, mean=9, max=20, causal=False)
+CAUSAL = Shape("causal", users=5, heads=2, head_dim=16, mean=9, max=20)
+
+
+def layouts_of(shape: Shape, dtype: torch.dtype = torch.float32) -> Layouts:
+    return Layouts(Batch(shape, dtype, CPU))
+
+
+@pytest.mark.parametrize("shape", [FULL, CAUSAL], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_provider_does_the_same(name: str, shape: Shape) -> None:
+    """Those that are timed on CUDA only are run by their own code for CPUs: arguments and conversions are the same."""
+    import fbgemm_gpu.sll  # noqa: F401  registers its operators
+
+    operation = OPERATIONS[name](layouts_of(shape))
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(x, generator=generator) for x in operation.operand_shapes()]
+    dout = torch.randn(operation.result_shape(), generator=generator)
+    expected = run._results(operation.reference, operands, dout, "forward_backward")
+    assert [tuple(x.shape) for x in expected] == [operation.result_shape(), *operation.operand_shapes()]
+    providers = operation.providers()
+    assert next(iter(providers)) == OURS
+    assert set(providers) <= set(PROVIDERS)
+    for provider in providers.values():
+        if not INTERPRETED and provider is providers[OURS]:
+            continue
+        row, _ = run._prepare(provider, [operands], dout, expected, "forward_backward", repeats=1, pool=None)
+        assert row["status"] == "ok", row
+
+
+def test_work_is_what_has_to_be_read_written_and_multiplied() -> None:
+    layouts = layouts_of(FULL, torch.bfloat16)
+    L, T = layouts.batch.total, layouts.num_scores
+    assert sum(n * n for n in layouts.batch.lengths) == T
+    work = {name: operation(layouts).work("forward") for name, operation in OPERATIONS.items()}
+    assert work["jagged_scores"].flop == 2 * T * 2 * 16
+    assert work["jagged_scores"].num_bytes == 2 * (2 * L * 2 * 16 + 2 * T)
+    assert work["jagged_dense_bmm"].num_bytes == 2 * (2 * L * 16 + 5 * 16 * 16)
+    assert work["jagged_score_softmax"].num_bytes == 2 * 2 * 2 * T
+    both = OPERATIONS["jagged_score_softmax"](layouts).work("forward_backward")
+    assert both.num_bytes == 2 * 5 * 2 * T  # x, y; y, dy, dx
+    assert OPERATIONS["jagged_scores"](layouts).work("forward_backward").flop == 3 * work["jagged_scores"].flop
+
+
+def test_padding_and_back() -> None:
+    layouts = layouts_of(FULL)
+    rows, scores = torch.randn(layouts.batch.total, 2, 3), torch.randn(2, layouts.num_scores)
+    padded = layouts.pad_rows(rows)
+    assert padded.shape == (5, layouts.batch.max_seqlen, 2, 3)
+    assert torch.equal(layouts.unpad_rows(padded), rows)
+    squares = layouts.pad_scores(scores)
+    assert squares.shape == (5, 2, layouts.batch.max_seqlen, layouts.batch.max_seqlen)
+    assert torch.equal(layouts.unpad_scores(squares), scores)
+    second = layouts.batch.lengths[0] ** 2
+    assert squares[1, 0, 0, 0] == scores[0, second]
+
+
+def test_a_wrong_result_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert relative_error(torch.ones(4), torch.ones(4)) == 0.0
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+    operation = OPERATIONS["jagged_softmax"](layouts_of(FULL))
+    (x,) = (torch.randn(shape) for shape in operation.operand_shapes())
+    exact = [operation.reference(x)]
+    wrong = run.Provider(lambda x: operation.reference(x) * 1.5)
+    row, _ = run._prepare(wrong, [[x]], exact[0], exact, "forward", repeats=1, pool=None)
+    assert row["status"] == "inaccurate"
+    assert row["relative_error"] > 1
+
+
+def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> Tensor:
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    providers = OPERATIONS["jagged_softmax"].providers
+    monkeypatch.setattr(
+        OPERATIONS["jagged_softmax"],
+        "providers",
+        lambda self: {**providers(self), OURS: providers(self)[PADDED], "sll": run.Provider(fails)},
+    )
+    output = tmp_path / "rows.csv"
+    arguments = f"--device cpu --operations jagged_softmax --shapes tiny --modes forward --repeats 1 --output {output}"
+    if not INTERPRETED:
+        pytest.skip("the bench refuses a CPU where Triton doesn't interpret")
+    rows = {row["provider"]: row for row in run_benchmark(parse_options(arguments.split()))}
+    assert rows[OURS]["status"] == rows[PADDED]["status"] == "ok"
+    assert (rows["sll"]["status"], rows["sll"]["reason"]) == ("out of memory", "no memory")
+    assert rows["fbgemm"]["status"] == "absent"
+    assert rows[OURS]["ratio_to_padded"] == pytest.approx(rows[PADDED]["device_ms"] / rows[OURS]["device_ms"], abs=1e-3)
+    with output.open() as file:
+        written = list(csv.DictReader(file))
+    assert [row["provider"] for row in written] == list(PROVIDERS)
+    assert tuple(written[0]) == COLUMNS
+    assert "geometric mean" in table(list(rows.values()), "forward")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--operations conv", "there is no operation conv: allowed are jagged_dense_bmm"),
+        ("--shapes S9", "there is no shape S9: allowed are S1"),
+        ("--providers fa4", "there is no provider fa4: allowed are ours, padded, fbgemm, sll"),
+        ("--repeats 0", "--repeats is 0"),
+        ("--shape name=X,users=1,heads=2,kv_heads=1,head_dim=16,mean=1,max=1", "here all have as many heads, 2"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    assert message in capsys.readouterr().err
