@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Softmax over the rows of jagged scores: one program per tile of queries and head, which goes over its keys twice.
+"""Softmax over the rows of jagged scores: one program per tile of queries and head, some rows at a time.
 
 Names: see kernels/jagged/tiles.py; T scores of all users together, placed as kernels/jagged/score_layout.py says.
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged.launch import INTERPRETED, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
     has_scores,
@@ -26,6 +26,8 @@ from kernels.jagged.tiles import (
 )
 
 LOG2_E = math.log2(math.e)
+# Of a block that a program has at once: a row of up to so many keys is read once.
+ROWS, KEYS = (16, 32) if INTERPRETED else (32, 128)
 
 
 @triton.jit  # pragma: no cover
@@ -44,6 +46,45 @@ def load_visible(
     return tl.where(mask & (i_n + o_n < num_keys), b_s, float("-inf"))
 
 
+@triton.jit  # pragma: no cover
+def softmax_of_rows(
+    p_s, p_p, i_m, n, num_keys, h, window, scale_log2, BR: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of BR queries of a user and head; read once where all their keys fit into a block, else twice."""
+    hi = num_keys  # keys from here on are seen by none of the rows
+    if CAUSAL:
+        hi = tl.minimum(i_m + BR, num_keys)
+        if HAS_TARGETS:
+            hi = tl.where(tl.minimum(i_m + BR, n) > h, num_keys, hi)
+    if hi <= BN:
+        b_s = load_visible(p_s, i_m, 0, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        b_max = tl.max(b_s, 1)
+        b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+        b_sum = tl.sum(b_p, 1)
+        store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, 0, n, num_keys, BR, BN)
+    else:
+        b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BR], dtype=tl.float32)
+        for i_n in range(0, hi, BN):
+            b_s = load_visible(
+                p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+            )
+            b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing seen so far: -inf - (-inf) is NaN
+            b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
+            b_max = b_new_max
+        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+        for i_n in range(0, hi, BN):
+            b_s = load_visible(
+                p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+            )
+            store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BR, BN)
+    for i_n in range(tl.maximum(tl.cdiv(hi, BN), 1) * BN, num_keys, BN):
+        store_scores(p_p, tl.zeros([BR, BN], dtype=tl.float32), i_m, i_n, n, num_keys, BR, BN)
+
+
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
 @triton.jit(do_not_specialize=["T", "window", "scale_log2"])  # pragma: no cover
 def jagged_score_softmax_kernel(
@@ -56,7 +97,8 @@ def jagged_score_softmax_kernel(
     scale_log2,
     H: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,
+    BR: tl.constexpr,  # rows at once
+    BN: tl.constexpr,  # keys at once
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
@@ -68,44 +110,25 @@ def jagged_score_softmax_kernel(
     _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
     if n == 0:
         return
-    i_m = i_tile * BM
     s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
     if not has_scores(s_start, n, num_keys, T):
         return
     start = i_h.to(tl.int64) * T + s_start
-    p_s += start
-    p_p += start
-
-    hi = num_keys  # keys from here on are seen by none of the tile
-    if CAUSAL:
-        hi = tl.minimum(i_m + BM, num_keys)
-        if HAS_TARGETS:
-            hi = tl.where(tl.minimum(i_m + BM, n) > h, num_keys, hi)
-    b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BM], dtype=tl.float32)
-    for i_n in range(0, hi, BN):
-        b_s = load_visible(p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing seen so far: -inf - (-inf) is NaN
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
-        b_max = b_new_max
-    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-    for i_n in range(0, hi, BN):
-        b_s = load_visible(p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BM, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-        store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BM, BN)
-    for i_n in range(tl.cdiv(hi, BN) * BN, num_keys, BN):
-        store_scores(p_p, tl.zeros([BM, BN], dtype=tl.float32), i_m, i_n, n, num_keys, BM, BN)
+    for i_m in range(i_tile * BM, tl.minimum(i_tile * BM + BM, n), BR):
+        softmax_of_rows(
+            p_s + start, p_p + start, i_m, n, num_keys, h, window, scale_log2,
+            BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+        )  # fmt: skip
 
 
 @triton.jit  # pragma: no cover
-def load_products(p_p, p_dp, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
-    """Probabilities, and the gradients of those that aren't zero, both (BM, BN) float32.
+def load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR: tl.constexpr, BN: tl.constexpr):
+    """Probabilities, and the gradients of those that aren't zero, both (BR, BN) float32.
 
     What a query doesn't see takes no part, whatever gradient it has.
     """
-    b_p = load_scores(p_p, i_m, i_n, n, num_keys, BM, BN).to(tl.float32)
-    b_dp = load_scores(p_dp, i_m, i_n, n, num_keys, BM, BN).to(tl.float32)
+    b_p = load_scores(p_p, i_m, i_n, n, num_keys, BR, BN).to(tl.float32)
+    b_dp = load_scores(p_dp, i_m, i_n, n, num_keys, BR, BN).to(tl.float32)
     return b_p, tl.where(b_p == 0.0, 0.0, b_dp)
 
 
@@ -120,7 +143,8 @@ def jagged_score_softmax_backward_kernel(
     scale,
     H: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,
+    BR: tl.constexpr,  # rows at once
+    BN: tl.constexpr,  # keys at once
 ):
     """ds = scale p (dp - sum of p dp over the row), of BM queries of one user and head."""
     pid = tl.program_id(0)
@@ -129,7 +153,6 @@ def jagged_score_softmax_backward_kernel(
     _q_start, n, _k_start, num_keys, i_tile, _h = load_entry(p_tiles, i_entry)
     if n == 0:
         return
-    i_m = i_tile * BM
     s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
     if not has_scores(s_start, n, num_keys, T):
         return
@@ -137,13 +160,19 @@ def jagged_score_softmax_backward_kernel(
     p_p += start
     p_dp += start
     p_ds += start
-    b_delta = tl.zeros([BM], dtype=tl.float32)
-    for i_n in range(0, num_keys, BN):
-        b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BM, BN)
-        b_delta += tl.sum(b_p * b_dp, 1)
-    for i_n in range(0, num_keys, BN):
-        b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BM, BN)
-        store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BM, BN)
+    for i_m in range(i_tile * BM, tl.minimum(i_tile * BM + BM, n), BR):
+        if num_keys <= BN:
+            b_p, b_dp = load_products(p_p, p_dp, i_m, 0, n, num_keys, BR, BN)
+            b_delta = tl.sum(b_p * b_dp, 1)
+            store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, 0, n, num_keys, BR, BN)
+        else:
+            b_delta = tl.zeros([BR], dtype=tl.float32)
+            for i_n in range(0, num_keys, BN):
+                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR, BN)
+                b_delta += tl.sum(b_p * b_dp, 1)
+            for i_n in range(0, num_keys, BN):
+                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR, BN)
+                store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
 
 
 launch_kernel = Launcher(jagged_score_softmax_kernel, "num_warps")
@@ -170,7 +199,7 @@ def launch_score_softmax(
         (scores, probabilities, query_tiles, score_offsets),
         (),
         (T, window or 0, scale * LOG2_E),
-        (H, BLOCK, BLOCK, causal, window is not None, has_targets),
+        (H, BLOCK, ROWS, KEYS, causal, window is not None, has_targets),
         (4,),
     )
     return probabilities
@@ -190,7 +219,7 @@ def launch_score_softmax_backward(
         (probabilities, dout, dscores, query_tiles, score_offsets),
         (),
         (T, scale),
-        (H, BLOCK, BLOCK),
+        (H, BLOCK, ROWS, KEYS),
         (4,),
     )
     return dscores
