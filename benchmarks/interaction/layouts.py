@@ -38,6 +38,19 @@ class Layouts:
         lengths = torch.tensor(self.batch.lengths, device=self.batch.device)
         return torch.arange(self.batch.max_seqlen, device=self.batch.device) < lengths[:, None]
 
+    @cached_property
+    def user_of_token(self) -> Tensor:
+        """`(L,)` int64"""
+        return self.is_token.nonzero()[:, 0]
+
+    @cached_property
+    def order_of_pairs(self) -> Tensor:
+        """`(2 L,)` int64: rows of two such tensors, one below the other, by user: those of the first, of the second."""
+        device, total = self.batch.device, self.batch.total
+        user = self.user_of_token.repeat(2)
+        is_second = torch.arange(2 * total, device=device) >= total
+        return (2 * user + is_second).argsort(stable=True)
+
     @property
     def is_score(self) -> Tensor:
         """`(B, S, S)`, made anew: it is large."""

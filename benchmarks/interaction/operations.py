@@ -13,10 +13,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.attention.accuracy import user_mask
 from benchmarks.attention.shapes import Work
 from benchmarks.interaction.layouts import Layouts, heads_first, heads_inside
+from kernels.jagged_concat import jagged_concat
+from kernels.jagged_concat.reference import reference_jagged_concat
+from kernels.jagged_elementwise import jagged_dense_elementwise, jagged_to_padded
+from kernels.jagged_elementwise.reference import reference_jagged_dense_elementwise, reference_jagged_to_padded
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
 from kernels.jagged_matmul.reference import (
     reference_jagged_dense_bmm,
@@ -24,6 +29,8 @@ from kernels.jagged_matmul.reference import (
     reference_jagged_scores,
     reference_jagged_weighted_sum,
 )
+from kernels.jagged_pooling import jagged_pool
+from kernels.jagged_pooling.reference import reference_jagged_pool
 from kernels.jagged_softmax import jagged_score_softmax, jagged_softmax
 from kernels.jagged_softmax.reference import reference_jagged_score_softmax, reference_jagged_softmax
 
@@ -98,8 +105,11 @@ class Operation(ABC):
     def providers(self) -> dict[str, Provider]:
         """Ours first."""
 
+    saves_operands: ClassVar[bool] = True
+    """The backward reads the operands again."""
+
     saves_result: ClassVar[bool] = False
-    """The backward reads the result instead of the operands."""
+    """The backward reads the result again."""
 
     def work(self, mode: str) -> Work:
         """Operands read once and the result written once; a backward reads what it needs and writes gradients."""
@@ -107,8 +117,9 @@ class Operation(ABC):
         result = _size(self.result_shape())
         elements, flop = operands + result, self.flop()
         if mode == "forward_backward":
-            saved = result if self.saves_result else operands
-            elements += saved + result + operands
+            elements += result + operands  # the gradient of the result is read, those of the operands are written
+            elements += operands if self.saves_operands else 0
+            elements += result if self.saves_result else 0
             flop *= 3
         return Work(flop, elements * self.batch.dtype.itemsize)
 
@@ -284,6 +295,7 @@ class JaggedSoftmax(Operation):
     """Over a user's tokens, for as many columns as heads x head dim."""
 
     name = "jagged_softmax"
+    saves_operands = False
     saves_result = True
 
     def operand_shapes(self) -> list[tuple[int, ...]]:
@@ -326,6 +338,7 @@ class JaggedScoreSoftmax(Operation):
     """Over the keys that each query sees: the mask of the shape."""
 
     name = "jagged_score_softmax"
+    saves_operands = False
     saves_result = True
 
     def operand_shapes(self) -> list[tuple[int, ...]]:
@@ -378,8 +391,126 @@ class JaggedScoreSoftmax(Operation):
         return known
 
 
+class RowOperation(Operation):
+    """On rows of heads x head dim columns."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.batch.total, self.shape.heads * self.shape.head_dim
+
+    def flop(self) -> int:
+        return 0
+
+
+class JaggedDenseElementwise(RowOperation):
+    """A row for every user added to all of its tokens, then SiLU."""
+
+    name = "jagged_dense_elementwise"
+
+    def operand_shapes(self) -> list[tuple[int, ...]]:
+        return [self.rows, (self.shape.users, self.rows[1])]
+
+    def result_shape(self) -> tuple[int, ...]:
+        return self.rows
+
+    def reference(self, *operands: Tensor) -> Tensor:
+        x, dense = operands
+        return reference_jagged_dense_elementwise(x, dense, self.batch.offsets, activation="silu")
+
+    def providers(self) -> dict[str, Provider]:
+        layouts = self.layouts
+        pad, unpad = layouts.pad_rows, layouts.unpad_rows
+        user = layouts.user_of_token
+        return {
+            OURS: Provider(lambda x, dense: jagged_dense_elementwise(x, dense, layouts.schedule, activation="silu")),
+            PADDED: Provider(lambda x, dense: F.silu(x + dense[:, None]), (pad, _same), (unpad, _same), unpad, pad),
+            "torch": Provider(lambda x, dense: F.silu(x + dense.index_select(0, user))),
+        }
+
+
+class JaggedPool(RowOperation):
+    """The mean over a user's tokens."""
+
+    name = "jagged_pool"
+    saves_operands = False
+
+    def operand_shapes(self) -> list[tuple[int, ...]]:
+        return [self.rows]
+
+    def result_shape(self) -> tuple[int, ...]:
+        return self.shape.users, self.rows[1]
+
+    def reference(self, *operands: Tensor) -> Tensor:
+        (x,) = operands
+        return reference_jagged_pool(x, self.batch.offsets, "mean")
+
+    def providers(self) -> dict[str, Provider]:
+        layouts, batch = self.layouts, self.batch
+        pad, unpad = layouts.pad_rows, layouts.unpad_rows
+        offsets = batch.offsets.long()
+        lengths = offsets.diff()[:, None]
+        return {
+            OURS: Provider(lambda x: jagged_pool(x, layouts.schedule, "mean")),
+            PADDED: Provider(lambda x: x.sum(dim=1) / lengths, (pad,), (unpad,)),
+            "torch": Provider(lambda x: torch.segment_reduce(x, "mean", offsets=offsets, unsafe=True)),
+        }
+
+
+class JaggedConcat(RowOperation):
+    """Every user's rows of one tensor, then its rows of another one of the same lengths."""
+
+    name = "jagged_concat"
+    saves_operands = False
+
+    def operand_shapes(self) -> list[tuple[int, ...]]:
+        return [self.rows, self.rows]
+
+    def result_shape(self) -> tuple[int, ...]:
+        return 2 * self.rows[0], self.rows[1]
+
+    def reference(self, *operands: Tensor) -> Tensor:
+        x, y = operands
+        return reference_jagged_concat(x, y, self.batch.offsets, self.batch.offsets)
+
+    def providers(self) -> dict[str, Provider]:
+        layouts = self.layouts
+        order = layouts.order_of_pairs
+        return {
+            OURS: Provider(lambda x, y: jagged_concat(x, y, layouts.schedule, layouts.schedule)),
+            "torch": Provider(lambda x, y: torch.cat([x, y]).index_select(0, order)),
+        }
+
+
+class JaggedToPadded(RowOperation):
+    """Rows with padding behind them; the padding counts as written."""
+
+    name = "jagged_to_padded"
+    saves_operands = False
+
+    def operand_shapes(self) -> list[tuple[int, ...]]:
+        return [self.rows]
+
+    def result_shape(self) -> tuple[int, ...]:
+        return self.shape.users, self.batch.max_seqlen, self.rows[1]
+
+    def reference(self, *operands: Tensor) -> Tensor:
+        (x,) = operands
+        return reference_jagged_to_padded(x, self.batch.offsets, self.batch.max_seqlen)
+
+    def providers(self) -> dict[str, Provider]:
+        layouts, batch = self.layouts, self.batch
+        return {
+            OURS: Provider(lambda x: jagged_to_padded(x, layouts.schedule)),
+            "fbgemm": Provider(
+                lambda x: torch.ops.fbgemm.jagged_to_padded_dense(x, [batch.offsets], [batch.max_seqlen], 0.0),
+                needs="fbgemm_gpu",
+            ),
+        }
+
+
 _ALL: tuple[type[Operation], ...] = (
     JaggedDenseBmm, JaggedJaggedBmm, JaggedScores, JaggedWeightedSum, JaggedSoftmax, JaggedScoreSoftmax,
+    JaggedDenseElementwise, JaggedPool, JaggedConcat, JaggedToPadded,
 )  # fmt: skip
 OPERATIONS: dict[str, type[Operation]] = {operation.name: operation for operation in _ALL}
-PROVIDERS = (OURS, PADDED, "fbgemm", "sll")
+PROVIDERS = (OURS, PADDED, "torch", "fbgemm", "sll")

@@ -238,15 +238,15 @@ def grid_of(tiles: Tensor, num_heads: int) -> tuple[int]:
 
 
 def readable_in_place(x: Tensor) -> bool:
-    """Whether the kernels read this `(L, H, D)` tensor as it lies."""
-    row, _, column = x.stride()
+    """Whether the kernels read this tensor of rows, `(L, C)` or `(L, H, D)`, as it lies."""
+    row, *_, column = x.stride()
     return column == 1 and 0 <= row <= MAX_ROW_STRIDE
 
 
-def readable_matrix(x: Tensor) -> bool:
-    """The same of a tensor `(L, C)`."""
-    row, column = x.stride()
-    return column == 1 and 0 <= row <= MAX_ROW_STRIDE
+def readable(x: Tensor) -> Tensor:
+    """A tensor of rows as kernels can read it; copied only if they can't read it as it lies."""
+    x = interpretable(x)
+    return x if readable_in_place(x) else x.contiguous()
 
 
 def descriptors(*tensors: Tensor, block: int, wanted: bool) -> tuple[Descriptor | None, ...]:

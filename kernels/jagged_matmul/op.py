@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged.checks import PRECISIONS, check_operands
-from kernels.jagged.launch import interpretable, readable_in_place, require_triton
+from kernels.jagged.launch import interpretable, readable, require_triton
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK, ScoreLayout
 from kernels.jagged_matmul.dense import launch_dense_bmm, launch_jagged_bmm
@@ -172,18 +172,12 @@ def _check_precision(precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-def _readable(x: Tensor) -> Tensor:
-    """As a kernel can read it."""
-    x = interpretable(x)
-    return x if readable_in_place(x) else x.contiguous()
-
-
 # Jagged x dense, and jagged^T x jagged
 
 
 @torch.library.custom_op("recsys_kernels::jagged_dense_bmm", mutates_args=())
 def _dense_bmm_op(x: Tensor, w: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
-    return launch_dense_bmm(_readable(x), interpretable(w), tiles, precision).to(x.dtype)
+    return launch_dense_bmm(readable(x), interpretable(w), tiles, precision).to(x.dtype)
 
 
 @_dense_bmm_op.register_fake
@@ -193,7 +187,7 @@ def _dense_bmm_fake(x: Tensor, w: Tensor, *_: object) -> Tensor:
 
 @torch.library.custom_op("recsys_kernels::jagged_jagged_bmm", mutates_args=())
 def _jagged_bmm_op(x: Tensor, y: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
-    return launch_jagged_bmm(_readable(x), _readable(y), offsets, max_seqlen, precision).to(x.dtype)
+    return launch_jagged_bmm(readable(x), readable(y), offsets, max_seqlen, precision).to(x.dtype)
 
 
 @_jagged_bmm_op.register_fake
@@ -238,7 +232,7 @@ def _scores_op(
     scale: float,
     precision: str,
 ) -> Tensor:
-    return launch_scores(_readable(q), _readable(k), query_tiles, score_offsets, total, scale, precision).to(q.dtype)
+    return launch_scores(readable(q), readable(k), query_tiles, score_offsets, total, scale, precision).to(q.dtype)
 
 
 @_scores_op.register_fake
@@ -262,7 +256,7 @@ def _weighted_sum_op(
 ) -> Tensor:
     tiles = key_tiles if transposed else query_tiles
     weights = interpretable(weights).contiguous()
-    return launch_weighted_sum(weights, _readable(x), tiles, score_offsets, num_rows, scale, transposed, precision).to(
+    return launch_weighted_sum(weights, readable(x), tiles, score_offsets, num_rows, scale, transposed, precision).to(
         x.dtype
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged.checks import check_operands
-from kernels.jagged.launch import interpretable, readable_matrix, require_triton
+from kernels.jagged.launch import interpretable, readable, require_triton
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import ScoreLayout
 from kernels.jagged_softmax.columns import launch_softmax, launch_softmax_backward
@@ -96,24 +96,18 @@ def _factor(scale: float, temperature: float) -> float:
     return float(scale) / float(temperature)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """As a kernel can read it."""
-    x = interpretable(x)
-    return x if readable_matrix(x) else x.contiguous()
-
-
 # Over tokens
 
 
 @torch.library.custom_op("recsys_kernels::jagged_softmax", mutates_args=())
 def _softmax_op(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    return launch_softmax(_readable(x), offsets.contiguous(), max_seqlen, scale).to(x.dtype)
+    return launch_softmax(readable(x), offsets.contiguous(), max_seqlen, scale).to(x.dtype)
 
 
 @torch.library.custom_op("recsys_kernels::jagged_softmax_backward", mutates_args=())
 def _softmax_backward_op(y: Tensor, dy: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
     y_readable = interpretable(y).contiguous()
-    return launch_softmax_backward(y_readable, _readable(dy), offsets.contiguous(), max_seqlen, scale).to(y.dtype)
+    return launch_softmax_backward(y_readable, readable(dy), offsets.contiguous(), max_seqlen, scale).to(y.dtype)
 
 
 @_softmax_op.register_fake

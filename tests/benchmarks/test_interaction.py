@@ -59,6 +59,8 @@ def test_work_is_what_has_to_be_read_written_and_multiplied() -> None:
     assert work["jagged_score_softmax"].num_bytes == 2 * 2 * 2 * T
     both = OPERATIONS["jagged_score_softmax"](layouts).work("forward_backward")
     assert both.num_bytes == 2 * 5 * 2 * T  # x, y; y, dy, dx
+    pool = OPERATIONS["jagged_pool"](layouts).work("forward_backward")
+    assert pool.num_bytes == 2 * 2 * (L * 32 + 5 * 32)  # x, out; dout, dx
     assert OPERATIONS["jagged_scores"](layouts).work("forward_backward").flop == 3 * work["jagged_scores"].flop
 
 
@@ -118,7 +120,7 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("--operations conv", "there is no operation conv: allowed are jagged_dense_bmm"),
         ("--shapes S9", "there is no shape S9: allowed are S1"),
-        ("--providers fa4", "there is no provider fa4: allowed are ours, padded, fbgemm, sll"),
+        ("--providers fa4", "there is no provider fa4: allowed are ours, padded, torch, fbgemm, sll"),
         ("--repeats 0", "--repeats is 0"),
         ("--shape name=X,users=1,heads=2,kv_heads=1,head_dim=16,mean=1,max=1", "here all have as many heads, 2"),
     ],

@@ -20,10 +20,22 @@ from triton.runtime.jit import JITFunction
 from benchmarks.attention.candidates import HOPPER_CONFIGS
 from kernels.jagged import Schedule, launch, tile_lists
 from kernels.jagged.score_layout import ScoreLayout, count_scores
+from kernels.jagged_concat import jagged_concat, jagged_last, jagged_split
+from kernels.jagged_concat import op as concat_op
+from kernels.jagged_elementwise import (
+    jagged_dense_elementwise,
+    jagged_jagged_elementwise,
+    jagged_to_padded,
+    op_padded,
+    padded_to_jagged,
+)
+from kernels.jagged_elementwise import op as elementwise_op
 from kernels.jagged_flash_attention import jagged_flash_attention, op, tuning
 from kernels.jagged_flash_attention.hopper import items
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
 from kernels.jagged_matmul import op as matmul_op
+from kernels.jagged_pooling import jagged_pool
+from kernels.jagged_pooling import op as pooling_op
 from kernels.jagged_softmax import jagged_score_softmax, jagged_softmax
 from kernels.jagged_softmax import op as softmax_op
 
@@ -63,7 +75,7 @@ def pretend(major: int, minor: int) -> list[CompiledKernel]:
     tuning._compute_capability = lambda device: (major, minor)  # type: ignore[assignment]
     launch._is_watched = lambda kernel: True  # no launch goes past Triton
     items._num_multiprocessors = lambda device: 132  # type: ignore[assignment]
-    for other in (op, tile_lists, matmul_op, softmax_op):
+    for other in (op, tile_lists, matmul_op, softmax_op, concat_op, elementwise_op, op_padded, pooling_op):
         other.require_triton = lambda device: None  # type: ignore[attr-defined]
     return compiled
 
@@ -96,7 +108,7 @@ def call(
 
 
 def call_unfused(dtype: torch.dtype, head_dim: int) -> None:
-    """Forward and backward of every product and softmax of jagged operands."""
+    """Forward and backward of every operator on jagged operands but fused attention."""
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     total, num_users = sum(LENGTHS), len(LENGTHS)
     targets = torch.ones(num_users, dtype=torch.int64).clamp(max=offsets.diff())
@@ -108,6 +120,16 @@ def call_unfused(dtype: torch.dtype, head_dim: int) -> None:
     out = jagged_weighted_sum(weights, v, layout).flatten(1)
     jagged_softmax(out, schedule).sum().backward()
     (jagged_dense_bmm(q, w, schedule).sum() + jagged_jagged_bmm(q, k, schedule).sum()).backward()
+    x, y = q.flatten(1), k.flatten(1)
+    dense = torch.zeros(num_users, 2 * head_dim, dtype=dtype, requires_grad=True)
+    seed = torch.zeros(1, dtype=torch.int64)
+    z = jagged_dense_elementwise(x, dense, schedule, op="mul", activation="gelu", dropout_p=0.1, seed=seed)
+    z, _ = jagged_jagged_elementwise(z, y, schedule, schedule, lengths="longer", total=total)
+    z = padded_to_jagged(jagged_to_padded(z, schedule), schedule)
+    first, _ = jagged_split(jagged_concat(z, y, schedule, schedule), schedule, schedule)
+    last, _ = jagged_last(first, schedule, 9, sum(min(n, 9) for n in LENGTHS))
+    pooled = [jagged_pool(first, schedule, mode).sum() for mode in ("mean", "max")]
+    (last.sum() + pooled[0] + pooled[1]).backward()
 
 
 def use_hopper_kernels(number: int) -> None:

@@ -36,9 +36,8 @@ class Users:
 
     def on_device(self, device: torch.device) -> Users:
         """Longer on a GPU, to fill its larger tiles."""
-        if device.type == "cpu":
-            return self
-        return Users(longer(self.lengths), None if self.key_lengths is None else longer(self.key_lengths), self.targets)
+        key_lengths = None if self.key_lengths is None else tuple(longer(self.key_lengths, device))
+        return Users(tuple(longer(self.lengths, device)), key_lengths, self.targets)
 
     @property
     def total(self) -> int:
@@ -76,12 +75,22 @@ class Users:
         return ScoreLayout(self.schedule(device, dtype), count_scores(self.lengths, self.key_lengths))
 
 
-def longer(lengths: Sequence[int]) -> tuple[int, ...]:
-    return tuple(7 * length if length > 1 else length for length in lengths)
+def longer(lengths: Sequence[int], device: torch.device) -> list[int]:
+    """On a GPU, to fill its larger tiles."""
+    return [7 * n if n > 1 and device.type == "cuda" else n for n in lengths]
 
 
 def offsets_of(lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
+
+
+def schedule_of(lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Schedule:
+    return Users(tuple(lengths)).schedule(device, dtype)
+
+
+def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """A standard normal operand."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def make(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:

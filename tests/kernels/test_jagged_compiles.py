@@ -22,6 +22,15 @@ PORTABLE = (
     "jagged_score_softmax_backward_kernel",
     "jagged_softmax_kernel",
     "jagged_softmax_backward_kernel",
+    "move_rows_kernel",
+    "jagged_to_padded_kernel",
+    "padded_to_jagged_kernel",
+    "jagged_dense_elementwise_kernel",
+    "jagged_dense_elementwise_backward_kernel",
+    "sum_of_tiles_kernel",
+    "jagged_pair_kernel",
+    "jagged_pool_kernel",
+    "jagged_pool_backward_kernel",
 )
 FOR_HOPPER = [
     f"hopper_{kind}_{kernel}_kernel" for kind in ("one_group", "two_group") for kernel in ("forward", "dq", "dkv")
