@@ -74,7 +74,7 @@ def interpretable(x: Tensor) -> Tensor:
     A result is rounded to bfloat16 once, at the end, so the interpreter tests logic and not the rounding of
     intermediate values; float16, which it does multiply, and a GPU test that.
     """
-    return x.float() if x.dtype == torch.bfloat16 else x
+    return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
 
 
 class Descriptor(NamedTuple):
@@ -166,7 +166,7 @@ class Launcher:
             *[x.dtype for x in tensors],
             functools.reduce(operator.or_, pointers) % 16 == 0 or tuple([x % 16 == 0 for x in pointers]),
             *[(17 if x % 16 else 16) if x != 1 and -MAX_INT32 <= x <= MAX_INT32 else x for x in integers],
-            *[x.__class__ if -MAX_INT32 <= x <= MAX_INT32 else x for x in numbers],
+            *[x.__class__ if x.__class__ is float or -MAX_INT32 <= x <= MAX_INT32 else "i64" for x in numbers],
             *[x if x is None else (x.base.dtype, *x.block_shape, x.layout) for x in descriptors],
         )
         compiled = self._compiled.get(key)

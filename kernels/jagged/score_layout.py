@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.jagged.checks import checks_values
-from kernels.jagged.launch import INTERPRETED
+from kernels.jagged.checks import check_offsets, checks_values
+from kernels.jagged.launch import INTERPRETED, is_traced
 from kernels.jagged.schedule import Schedule
 
 BLOCK = 32 if INTERPRETED else 64  # rows of a tile of queries or keys, in all kernels that read or write scores
@@ -37,11 +37,13 @@ class ScoreLayout:
             raise ValueError(f"total must be at least 0 scores, got {total}")
         self.schedule = schedule
         self.total = total
-        queries, keys = schedule.queries[0], schedule.keys[0]
-        scores = queries.diff().long() * keys.diff().long()
-        self.offsets = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
-        if schedule.check_values and checks_values(queries.device) and int(self.offsets[-1]) != total:
-            raise ValueError(f"the offsets make {int(self.offsets[-1])} scores, queries x keys by user, not {total}")
+        (queries, num_queries, longest), (keys, num_keys, most_keys) = schedule.queries, schedule.keys
+        arguments = (queries, keys, num_queries, longest, num_keys, most_keys, total, schedule.check_values)
+        if is_traced(queries, keys):
+            self.offsets = _score_offsets_op(*arguments)
+        else:
+            with torch.inference_mode(False):  # a later backward may save them
+                self.offsets = _score_offsets(*arguments)
 
     def query_tiles(self) -> Tensor:
         """`(entries, 8)`: the tiles of BLOCK queries; see tile_lists.py."""
@@ -50,6 +52,37 @@ class ScoreLayout:
     def key_tiles(self) -> Tensor:
         """`(entries, 8)`: the tiles of BLOCK keys."""
         return self.schedule.key_tiles([BLOCK], causal=False)[0]
+
+
+def _score_offsets(
+    queries: Tensor,
+    keys: Tensor,
+    num_queries: int,
+    max_seqlen: int,
+    num_keys: int,
+    max_key_seqlen: int,
+    total: int,
+    check_values: bool,
+) -> Tensor:
+    """First score of every user, and the end of the last one's: `(B + 1,)` int64."""
+    check_values = check_values and checks_values(queries.device)
+    if check_values:
+        check_offsets(queries, max_seqlen, num_queries)
+        if keys is not queries:
+            check_offsets(keys, max_key_seqlen, num_keys, of_keys=True)
+    scores = queries.diff().long() * keys.diff().long()
+    offsets = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
+    if check_values and int(offsets[-1]) != total:
+        raise ValueError(f"the offsets make {int(offsets[-1])} scores, queries x keys by user, not {total}")
+    return offsets
+
+
+_score_offsets_op = torch.library.custom_op("recsys_kernels::jagged_score_offsets", _score_offsets, mutates_args=())
+
+
+@_score_offsets_op.register_fake
+def _score_offsets_fake(queries: Tensor, *_: object) -> Tensor:
+    return queries.new_empty(queries.shape, dtype=torch.int64)
 
 
 def count_scores(query_lengths: Sequence[int] | Tensor, key_lengths: Sequence[int] | Tensor | None = None) -> int:

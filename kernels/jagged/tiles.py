@@ -124,14 +124,14 @@ def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.co
 @triton.jit  # pragma: no cover
 def has_scores(s_start, n, num_keys, T):
     """Whether a user's scores lie inside of the tensor: whatever offsets and totals say, nothing else is touched."""
-    return s_start + n.to(tl.int64) * num_keys <= T
+    return (s_start >= 0) & (s_start + n.to(tl.int64) * num_keys <= T)
 
 
 @triton.jit  # pragma: no cover
 def load_columns(p_rows, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr):
     """Rows i_row ... and columns i_column ... of one user: (BLOCK, BC), zero past their ends."""
     o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]
-    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row * stride + o_column)
+    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row.to(tl.int64) * stride + o_column)
     return tl.load(p_part, mask=(i_row + o_row < num_rows) & (o_column < num_columns), other=0.0)
 
 
@@ -141,7 +141,7 @@ def store_columns(
 ):
     """Write such a block, as far as rows and columns go."""
     o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]
-    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row * stride + o_column)
+    p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row.to(tl.int64) * stride + o_column)
     mask = (i_row + o_row < num_rows) & (o_column < num_columns)
     tl.store(p_part, b_part.to(p_rows.dtype.element_ty), mask=mask)
 

@@ -54,7 +54,8 @@ def jagged_dense_bmm_kernel(
     b_acc = tl.zeros([BL, BN], dtype=tl.float32)
     for i_k in range(0, K, BK):
         b_x = load_columns(p_x, i_l, n, stride_xl, i_k, K, BL, BK)
-        b_w = tl.load(p_w + (i_k + o_k) * stride_wk + o_n * stride_wn, mask=(i_k + o_k < K) & (o_n < N), other=0.0)
+        p_part = p_w + (i_k + o_k).to(tl.int64) * stride_wk + o_n.to(tl.int64) * stride_wn
+        b_w = tl.load(p_part, mask=(i_k + o_k < K) & (o_n < N), other=0.0)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
     store_columns(p_out + (start * H + i_h) * N, b_acc, i_l, n, H * N, i_n, N, BL, BN)
 

@@ -187,7 +187,7 @@ def _dense_bmm_fake(x: Tensor, w: Tensor, *_: object) -> Tensor:
 
 @torch.library.custom_op("recsys_kernels::jagged_jagged_bmm", mutates_args=())
 def _jagged_bmm_op(x: Tensor, y: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
-    return launch_jagged_bmm(readable(x), readable(y), offsets, max_seqlen, precision).to(x.dtype)
+    return launch_jagged_bmm(readable(x), readable(y), offsets.contiguous(), max_seqlen, precision).to(x.dtype)
 
 
 @_jagged_bmm_op.register_fake

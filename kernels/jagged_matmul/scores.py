@@ -97,7 +97,7 @@ def jagged_weighted_sum_kernel(
     i_o = i_tile * BO
     s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
     if not has_scores(s_start, n, num_x, T):
-        return
+        num_x = 0
     p_s += i_h.to(tl.int64) * T + s_start
     p_x += x_start * stride_xl + i_h.to(tl.int64) * stride_xh
     b_acc = tl.zeros([BO, BD], dtype=tl.float32)

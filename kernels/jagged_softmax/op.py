@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.jagged.checks import check_operands
+from kernels.jagged.checks import check_offsets, check_operands, checks_values
 from kernels.jagged.launch import interpretable, readable, require_triton
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import ScoreLayout
@@ -38,10 +38,8 @@ def jagged_softmax(x: Tensor, schedule: Schedule, *, scale: float = 1.0, tempera
     if x.dim() < 1 or x.shape[0] != total:
         raise ValueError(f"x must have shape (L, ...) with the L = {total} of the schedule; got {tuple(x.shape)}")
     require_triton(x.device)
-    factor = _factor(scale, temperature)
-    return _softmax_op(x.reshape(total, x[:1].numel()) if total else x.reshape(0, 1), offsets, max_seqlen, factor).view(
-        x.shape
-    )
+    rows = x.reshape(total, x[:1].numel()) if total else x.reshape(0, 1)
+    return _softmax_op(rows, offsets, max_seqlen, _factor(scale, temperature), schedule.check_values).view(x.shape)
 
 
 def jagged_score_softmax(
@@ -100,7 +98,10 @@ def _factor(scale: float, temperature: float) -> float:
 
 
 @torch.library.custom_op("recsys_kernels::jagged_softmax", mutates_args=())
-def _softmax_op(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
+def _softmax_op(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float, check_values: bool) -> Tensor:
+    # Here, because under torch.compile the tensors are real only here.
+    if check_values and checks_values(offsets.device):
+        check_offsets(offsets, max_seqlen, x.shape[0])
     return launch_softmax(readable(x), offsets.contiguous(), max_seqlen, scale).to(x.dtype)
 
 
@@ -121,13 +122,13 @@ def _softmax_backward_fake(y: Tensor, *_: object) -> Tensor:
 
 
 def _save_softmax(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _x, offsets, *ctx.options = inputs
+    _x, offsets, *ctx.options, _check_values = inputs
     ctx.save_for_backward(output, offsets)
 
 
 def _softmax_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     y, offsets = ctx.saved_tensors
-    return _softmax_backward_op(y, dy, offsets, *ctx.options), None, None, None
+    return _softmax_backward_op(y, dy, offsets, *ctx.options), *[None] * 4
 
 
 _softmax_op.register_autograd(_softmax_gradient, setup_context=_save_softmax)
@@ -154,10 +155,18 @@ def _score_softmax_op(
 
 @torch.library.custom_op("recsys_kernels::jagged_score_softmax_backward", mutates_args=())
 def _score_softmax_backward_op(
-    probabilities: Tensor, dout: Tensor, query_tiles: Tensor, score_offsets: Tensor, scale: float
+    probabilities: Tensor,
+    dout: Tensor,
+    query_tiles: Tensor,
+    score_offsets: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    has_targets: bool,
 ) -> Tensor:
     readable = interpretable(probabilities).contiguous(), interpretable(dout).contiguous()
-    return launch_score_softmax_backward(*readable, query_tiles, score_offsets, scale).to(probabilities.dtype)
+    dscores = launch_score_softmax_backward(*readable, query_tiles, score_offsets, scale, causal, window, has_targets)
+    return dscores.to(probabilities.dtype)
 
 
 @_score_softmax_op.register_fake
@@ -171,13 +180,13 @@ def _score_softmax_backward_fake(probabilities: Tensor, *_: object) -> Tensor:
 
 
 def _save_score_softmax(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _scores, query_tiles, score_offsets, ctx.scale, *_ = inputs
+    _scores, query_tiles, score_offsets, *ctx.options = inputs
     ctx.save_for_backward(output, query_tiles, score_offsets)
 
 
 def _score_softmax_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     probabilities, *where = ctx.saved_tensors
-    return _score_softmax_backward_op(probabilities, dout, *where, ctx.scale), *[None] * 6
+    return _score_softmax_backward_op(probabilities, dout, *where, *ctx.options), *[None] * 6
 
 
 _score_softmax_op.register_autograd(_score_softmax_gradient, setup_context=_save_score_softmax)

@@ -47,26 +47,50 @@ def load_visible(
 
 
 @triton.jit  # pragma: no cover
+def seen_range(
+    i_m, n, num_keys, h, window, BR: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+):  # fmt: skip
+    """Keys before the first and from the second on are seen by none of BR queries; the first is a multiple of BN."""
+    lo, hi = 0, num_keys
+    if CAUSAL:
+        hi = tl.minimum(i_m + BR, num_keys)
+    elif HAS_WINDOW:
+        hi = tl.minimum(i_m + BR - 1 + window, num_keys)
+    if HAS_WINDOW:
+        lo = tl.maximum(i_m - window + 1, 0) // BN * BN
+    if HAS_TARGETS:  # candidates see the whole history, and themselves behind it
+        has_candidate = tl.minimum(i_m + BR, n) > h
+        lo = tl.where(has_candidate, 0, lo)
+        hi = tl.where(has_candidate, num_keys, hi)
+    return lo, hi
+
+
+@triton.jit  # pragma: no cover
+def store_zeros(p_rows, i_m, lo, hi, n, num_keys, BR: tl.constexpr, BN: tl.constexpr):
+    """Zero whole blocks of keys, from lo to below hi."""
+    for i_n in range(lo, hi, BN):
+        store_scores(p_rows, tl.zeros([BR, BN], dtype=tl.float32), i_m, i_n, n, num_keys, BR, BN)
+
+
+@triton.jit  # pragma: no cover
 def softmax_of_rows(
     p_s, p_p, i_m, n, num_keys, h, window, scale_log2, BR: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of BR queries of a user and head; read once where all their keys fit into a block, else twice."""
-    hi = num_keys  # keys from here on are seen by none of the rows
-    if CAUSAL:
-        hi = tl.minimum(i_m + BR, num_keys)
-        if HAS_TARGETS:
-            hi = tl.where(tl.minimum(i_m + BR, n) > h, num_keys, hi)
-    if hi <= BN:
-        b_s = load_visible(p_s, i_m, 0, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    store_zeros(p_p, i_m, 0, lo, n, num_keys, BR, BN)
+    if hi - lo <= BN:
+        b_s = load_visible(p_s, i_m, lo, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_max = tl.max(b_s, 1)
         b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
         b_sum = tl.sum(b_p, 1)
-        store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, 0, n, num_keys, BR, BN)
+        store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
     else:
         b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BR], dtype=tl.float32)
-        for i_n in range(0, hi, BN):
+        for i_n in range(lo, hi, BN):
             b_s = load_visible(
                 p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
@@ -76,13 +100,12 @@ def softmax_of_rows(
             b_max = b_new_max
         b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-        for i_n in range(0, hi, BN):
+        for i_n in range(lo, hi, BN):
             b_s = load_visible(
                 p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
             store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BR, BN)
-    for i_n in range(tl.maximum(tl.cdiv(hi, BN), 1) * BN, num_keys, BN):
-        store_scores(p_p, tl.zeros([BR, BN], dtype=tl.float32), i_m, i_n, n, num_keys, BR, BN)
+    store_zeros(p_p, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
 
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
@@ -132,7 +155,7 @@ def load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR: tl.constexpr, BN: tl.con
     return b_p, tl.where(b_p == 0.0, 0.0, b_dp)
 
 
-@triton.jit(do_not_specialize=["T", "scale"])  # pragma: no cover
+@triton.jit(do_not_specialize=["T", "window", "scale"])  # pragma: no cover
 def jagged_score_softmax_backward_kernel(
     p_p,  # (H, T), contiguous
     p_dp,  # (H, T), contiguous
@@ -140,17 +163,21 @@ def jagged_score_softmax_backward_kernel(
     p_tiles,  # (entries, 8), tiles of BM queries
     p_offsets,  # (B + 1,), of scores
     T,
+    window,
     scale,
     H: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,  # rows at once
     BN: tl.constexpr,  # keys at once
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
 ):
     """ds = scale p (dp - sum of p dp over the row), of BM queries of one user and head."""
     pid = tl.program_id(0)
     i_h = pid % H
     i_entry = pid // H
-    _q_start, n, _k_start, num_keys, i_tile, _h = load_entry(p_tiles, i_entry)
+    _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
     if n == 0:
         return
     s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
@@ -161,18 +188,21 @@ def jagged_score_softmax_backward_kernel(
     p_dp += start
     p_ds += start
     for i_m in range(i_tile * BM, tl.minimum(i_tile * BM + BM, n), BR):
-        if num_keys <= BN:
-            b_p, b_dp = load_products(p_p, p_dp, i_m, 0, n, num_keys, BR, BN)
+        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        store_zeros(p_ds, i_m, 0, lo, n, num_keys, BR, BN)
+        if hi - lo <= BN:
+            b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, BR, BN)
             b_delta = tl.sum(b_p * b_dp, 1)
-            store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, 0, n, num_keys, BR, BN)
+            store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, lo, n, num_keys, BR, BN)
         else:
             b_delta = tl.zeros([BR], dtype=tl.float32)
-            for i_n in range(0, num_keys, BN):
+            for i_n in range(lo, hi, BN):
                 b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR, BN)
                 b_delta += tl.sum(b_p * b_dp, 1)
-            for i_n in range(0, num_keys, BN):
+            for i_n in range(lo, hi, BN):
                 b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR, BN)
                 store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
+        store_zeros(p_ds, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
 
 
 launch_kernel = Launcher(jagged_score_softmax_kernel, "num_warps")
@@ -206,9 +236,16 @@ def launch_score_softmax(
 
 
 def launch_score_softmax_backward(
-    probabilities: Tensor, dout: Tensor, query_tiles: Tensor, score_offsets: Tensor, scale: float
+    probabilities: Tensor,
+    dout: Tensor,
+    query_tiles: Tensor,
+    score_offsets: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    has_targets: bool,
 ) -> Tensor:
-    """Gradient of the scores `(H, T)` from that of the probabilities; both contiguous."""
+    """Gradient of the scores `(H, T)` from that of the probabilities; both contiguous. The mask is the forward's."""
     H, T = probabilities.shape
     dscores = torch.empty_like(probabilities)
     if T == 0 or query_tiles.shape[0] == 0:
@@ -218,8 +255,8 @@ def launch_score_softmax_backward(
         (),
         (probabilities, dout, dscores, query_tiles, score_offsets),
         (),
-        (T, scale),
-        (H, BLOCK, ROWS, KEYS),
+        (T, window or 0, scale),
+        (H, BLOCK, ROWS, KEYS, causal, window is not None, has_targets),
         (4,),
     )
     return dscores

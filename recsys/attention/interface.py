@@ -128,6 +128,12 @@ class CrossLayout:
                 f"the queries are of {self.queries.num_users} users, the keys of {self.keys.num_users}: they must be "
                 "the same users"
             )
+        most = min(self.queries.total * self.keys.max_seqlen, self.keys.total * self.queries.max_seqlen)
+        if self.total_pairs is not None and not 0 <= self.total_pairs <= most:
+            raise ValueError(
+                f"total_pairs is {self.total_pairs}: {self.queries.total} queries and {self.keys.total} keys of users "
+                f"with at most {self.queries.max_seqlen} and {self.keys.max_seqlen} make from 0 to {most}"
+            )
 
     def cached(self, kind: str, build: Callable[[], T]) -> T:
         """`build()`, made once per layout: all layers of a step share it."""
@@ -145,6 +151,8 @@ class Request:
     head_dim: int
     mask: MaskSpec
     dropout_p: float
+    knows_pairs: bool = True
+    """The layout says how many pairs of query and key there are."""
 
 
 class AttentionBackend(ABC):
@@ -209,7 +217,7 @@ class AttentionBackend(ABC):
         q, k, v = _as_autocast_would(q, k, v)
         _check_tensors(q, k, v, layout, mask)
         mask = mask.simplified(layout)
-        self._check_request(q, mask, dropout_p)
+        self._check_request(q, mask, dropout_p, layout.total_pairs)
         if layout.total == 0:
             # No token on this rank. The sum keeps q, k and v in the graph, so that every projection gets a
             # (zero) gradient and DDP doesn't wait for it.
@@ -238,16 +246,16 @@ class AttentionBackend(ABC):
         """
         q, k, v = _as_autocast_would(q, k, v)
         _check_cross_tensors(q, k, v, layout)
-        self._check_request(q, MaskSpec(causal=False), dropout_p)
+        self._check_request(q, MaskSpec(causal=False), dropout_p, layout.total_pairs)
         if layout.queries.total == 0 or layout.keys.total == 0:
             # Zero, and q, k and v stay in the graph, so that DDP doesn't wait for gradients.
             return q * 0.0 + (k[:, :, :1].sum() + v[:, :, :1].sum()) * 0.0
         return self.attend_across(q, k, v, layout, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, dropout_p)
 
-    def _check_request(self, q: Tensor, mask: MaskSpec, dropout_p: float) -> None:
+    def _check_request(self, q: Tensor, mask: MaskSpec, dropout_p: float, total_pairs: int | None) -> None:
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p is {dropout_p}: allowed are values from 0 to below 1")
-        request = Request(q.device, q.dtype, q.shape[2], mask, dropout_p)
+        request = Request(q.device, q.dtype, q.shape[2], mask, dropout_p, total_pairs is not None)
         reason = self.unavailable(q.device) or self.refuses(request)
         if reason is not None:
             raise ValueError(f"attention backend '{self.name}' can't do this: {reason}. {_who_can(request)}")

@@ -39,6 +39,8 @@ class Jagged(AttentionBackend):
             return f"q, k, v are {request.dtype}, it takes float32, float16 and bfloat16"
         if request.head_dim > MAX_HEAD_DIM:
             return f"the head dim is {request.head_dim}, it takes up to {MAX_HEAD_DIM}"
+        if not request.knows_pairs:
+            return "the layout has no total_pairs, the number of pairs of query and key on the host, which it needs"
         return None
 
     def attend(
@@ -54,7 +56,8 @@ class Jagged(AttentionBackend):
         from kernels.jagged import Schedule
         from kernels.jagged.score_layout import ScoreLayout
 
-        total_pairs = _known(layout.total_pairs, "the sum of the users' squared lengths")
+        assert layout.total_pairs is not None, "refuses() lets no such layout through"
+        total_pairs = layout.total_pairs
         scores = layout.cached(
             "score_layout",
             mask,
@@ -76,18 +79,10 @@ class Jagged(AttentionBackend):
     ) -> Tensor:
         from kernels.jagged.score_layout import ScoreLayout
 
-        total_pairs = _known(layout.total_pairs, "queries x keys added up over the users")
+        assert layout.total_pairs is not None, "refuses() lets no such layout through"
+        total_pairs = layout.total_pairs
         scores = layout.cached("score_layout", lambda: ScoreLayout(cross_schedule(layout), total_pairs))
         return _attend(q, k, v, scores, MaskSpec(causal=False), scale, dropout_p)
-
-
-def _known(total_pairs: int | None, what: str) -> int:
-    if total_pairs is None:
-        raise ValueError(
-            "attention backend 'jagged' needs to know on the host how many scores there are: give the layout "
-            f"total_pairs, {what}"
-        )
-    return total_pairs
 
 
 def _attend(
@@ -96,6 +91,6 @@ def _attend(
     from kernels.jagged_matmul import jagged_scores, jagged_weighted_sum
     from kernels.jagged_softmax import jagged_score_softmax
 
-    scores = jagged_scores(q, k, layout)
-    weights = jagged_score_softmax(scores, layout, causal=mask.causal, window=mask.window, scale=scale)
+    scores = jagged_scores(q, k, layout, scale=scale)  # scaled before they are rounded: float16 ends at 65,504
+    weights = jagged_score_softmax(scores, layout, causal=mask.causal, window=mask.window)
     return jagged_weighted_sum(F.dropout(weights, dropout_p, training=dropout_p > 0.0), v, layout)

@@ -148,6 +148,7 @@ def described(kernel: CompiledKernel) -> list[str]:
     name, ptx = kernel.metadata.name, kernel.asm["ptx"]
     has = {mark: mark in ptx for mark in MARKS}
     has["launch_pdl"] = kernel.metadata.launch_pdl
+    has["on tensor cores"] = "mma" in ptx
     has[f"{ptx.count('vote.sync.any')} votes"] = "vote.sync.any" in ptx
     return [name, *[f"{name} {mark}" for mark in has if has[mark]]]
 

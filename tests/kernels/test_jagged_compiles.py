@@ -32,6 +32,7 @@ PORTABLE = (
     "jagged_pool_kernel",
     "jagged_pool_backward_kernel",
 )
+PRODUCTS = [name for name in PORTABLE if "bmm" in name or name.endswith(("scores_kernel", "weighted_sum_kernel"))]
 FOR_HOPPER = [
     f"hopper_{kind}_{kernel}_kernel" for kind in ("one_group", "two_group") for kernel in ("forward", "dq", "dkv")
 ]
@@ -52,6 +53,8 @@ def test_kernels_compile(capability: tuple[int, int]) -> None:
         assert f" {name}\n" in run.stdout
     for name in FOR_HOPPER:
         assert (f" {name}\n" in run.stdout) == (capability == (9, 0)), name
+    for name in PRODUCTS:
+        assert f" {name} on tensor cores\n" in run.stdout, f"{name} multiplies 16-bit operands otherwise"
     counts = {line: int(count) for count, line in (x.split(" ", 1) for x in run.stdout.splitlines())}
     if capability < (9, 0):
         assert not [line for line in counts if "griddepcontrol" in line or "launch_pdl" in line]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.jagged.score_layout import ScoreLayout, count_scores
+from kernels.jagged.score_layout import BLOCK, ScoreLayout, count_scores
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
 from kernels.jagged_matmul.reference import (
     reference_jagged_dense_bmm,
@@ -238,7 +238,7 @@ def test_operators_obey_torch_library(kernel_device: torch.device) -> None:
     (weights,) = make(kernel_device, torch.float32, (2, layout.total))
     operands = [x.requires_grad_() for x in (q, k, w, y, weights)]
     q, k, w, y, weights = operands
-    (row_tiles,) = schedule.query_tiles([32], causal=False)
+    (row_tiles,) = schedule.query_tiles([BLOCK], causal=False)
     offsets, _, longest = schedule.queries
     ops = torch.ops.recsys_kernels
     for op, args in (
@@ -247,9 +247,8 @@ def test_operators_obey_torch_library(kernel_device: torch.device) -> None:
         (ops.jagged_weighted_sum, (weights, q, *tiles, users.total_keys, 1.0, True, "ieee")),
     ):
         torch.library.opcheck(op.default, args)
-    if kernel_device.type == "cpu":
-        torch.library.opcheck(ops.jagged_dense_bmm.default, (q, w, row_tiles, offsets, longest, "ieee"))
-        torch.library.opcheck(ops.jagged_jagged_bmm.default, (q, y, row_tiles, offsets, longest, "ieee"))
+    torch.library.opcheck(ops.jagged_dense_bmm.default, (q, w, row_tiles, offsets, longest, "ieee"))
+    torch.library.opcheck(ops.jagged_jagged_bmm.default, (q, y, row_tiles, offsets, longest, "ieee"))
 
 
 def test_compiles_without_a_graph_break(kernel_device: torch.device) -> None:

@@ -191,11 +191,11 @@ def test_operators_obey_torch_library(kernel_device: torch.device) -> None:
     offsets, _, longest = schedule.queries
     ops = torch.ops.recsys_kernels
     where = layout.query_tiles(), layout.offsets
-    torch.library.opcheck(ops.jagged_softmax.default, (x, offsets, longest, 0.5))
+    torch.library.opcheck(ops.jagged_softmax.default, (x, offsets, longest, 0.5, True))
     torch.library.opcheck(ops.jagged_score_softmax.default, (scores, *where, 0.5, False, None, False))
     p, y = scores.detach().abs(), x.detach().abs()
     torch.library.opcheck(ops.jagged_softmax_backward.default, (y, y, offsets, longest, 0.5))
-    torch.library.opcheck(ops.jagged_score_softmax_backward.default, (p, p, *where, 0.5))
+    torch.library.opcheck(ops.jagged_score_softmax_backward.default, (p, p, *where, 0.5, False, None, False))
 
 
 def test_compiles_without_a_graph_break(kernel_device: torch.device) -> None:
