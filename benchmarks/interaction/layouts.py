@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from benchmarks.attention.accuracy import LEAST_ROW_SIZE
 from benchmarks.attention.shapes import Batch
 from kernels.jagged import Schedule
 from kernels.jagged.score_layout import ScoreLayout, count_scores
@@ -74,6 +76,31 @@ class Layouts:
 
     def unpad_scores(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1)[:, self.is_score]
+
+    def worst_error(self, actual: Tensor, exact: Tensor) -> float:
+        """Of the rows of a tensor, the worst root mean square error, relative to the size of the exact row.
+
+        Jagged scores, `(H, T)`, count as a row for every user. A row smaller than a part of the root mean square of all
+        counts as so large. Infinite where a value isn't finite.
+        """
+        exact = exact.detach().float()
+        difference = actual.detach().float() - exact
+        if not bool(torch.isfinite(difference).all()):
+            return math.inf
+        if exact.numel() == 0:
+            return 0.0
+        if exact.dim() == 2 and exact.shape[1] == self.num_scores:
+            sizes, errors = (self._mean_by_user(x.square().mean(dim=0)) for x in (exact, difference))
+        else:
+            sizes, errors = (x.square().flatten(1).mean(dim=1) for x in (exact, difference))
+        least = LEAST_ROW_SIZE * float(exact.square().mean().sqrt())
+        return float((errors.sqrt() / sizes.sqrt().clamp_min(max(least, torch.finfo(torch.float32).tiny))).max())
+
+    def _mean_by_user(self, x: Tensor) -> Tensor:
+        """`(T,)` to `(B,)`"""
+        counts = torch.tensor([n * n for n in self.batch.lengths], device=x.device)
+        user = torch.repeat_interleave(counts, output_size=self.num_scores)
+        return torch.zeros(len(counts), device=x.device).index_add_(0, user, x) / counts
 
     def offsets_of_heads(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For who has no heads: each is taken as users of its own, one head after the other.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.attention.accuracy import user_mask
-from benchmarks.attention.shapes import Work
+from benchmarks.attention.shapes import Work, visible_pairs
 from benchmarks.interaction.layouts import Layouts, heads_first, heads_inside
 from kernels.jagged_concat import jagged_concat
 from kernels.jagged_concat.reference import reference_jagged_concat
@@ -105,6 +105,11 @@ class Operation(ABC):
     def providers(self) -> dict[str, Provider]:
         """Ours first."""
 
+    @property
+    def tf32(self) -> bool:
+        """What peers that ask are told: ours multiplies float32 without it."""
+        return self.batch.dtype != torch.float32
+
     saves_operands: ClassVar[bool] = True
     """The backward reads the operands again."""
 
@@ -159,7 +164,7 @@ class JaggedDenseBmm(Operation):
     def providers(self) -> dict[str, Provider]:
         layouts, batch = self.layouts, self.batch
         pad, unpad = layouts.pad_rows, layouts.unpad_rows
-        ops, offsets, longest = torch.ops.fbgemm, batch.offsets.long(), batch.max_seqlen
+        ops, offsets, longest, tf32 = torch.ops.fbgemm, batch.offsets.long(), batch.max_seqlen, self.tf32
         return {
             OURS: Provider(lambda x, w: jagged_dense_bmm(x, w, layouts.schedule)),
             PADDED: Provider(torch.bmm, (pad, _same), (unpad, _same), unpad, pad),
@@ -167,7 +172,7 @@ class JaggedDenseBmm(Operation):
                 lambda x, w: ops.jagged_dense_bmm(x, offsets, w, longest)[0], cuda_only=True, needs="fbgemm_gpu"
             ),
             "sll": Provider(
-                lambda x, w: ops.sll_jagged_dense_bmm(x, w, offsets, longest, True, False),
+                lambda x, w: ops.sll_jagged_dense_bmm(x, w, offsets, longest, tf32, False),
                 cuda_only=True,
                 needs="fbgemm_gpu.sll.triton",
             ),
@@ -195,7 +200,7 @@ class JaggedJaggedBmm(Operation):
     def providers(self) -> dict[str, Provider]:
         layouts, batch = self.layouts, self.batch
         pad, unpad = layouts.pad_rows, layouts.unpad_rows
-        ops, offsets, longest = torch.ops.fbgemm, batch.offsets.long(), batch.max_seqlen
+        ops, offsets, longest, tf32 = torch.ops.fbgemm, batch.offsets.long(), batch.max_seqlen, self.tf32
         return {
             OURS: Provider(lambda x, y: jagged_jagged_bmm(x, y, layouts.schedule)),
             PADDED: Provider(lambda x, y: x.transpose(1, 2) @ y, (pad, pad), (unpad, unpad)),
@@ -203,7 +208,7 @@ class JaggedJaggedBmm(Operation):
                 lambda x, y: ops.jagged_jagged_bmm(x, y, offsets, longest), cuda_only=True, needs="fbgemm_gpu"
             ),
             "sll": Provider(
-                lambda x, y: ops.sll_jagged_jagged_bmm(x, y, offsets, longest, True, False),
+                lambda x, y: ops.sll_jagged_jagged_bmm(x, y, offsets, longest, tf32, False),
                 cuda_only=True,
                 needs="fbgemm_gpu.sll.triton",
             ),
@@ -239,7 +244,7 @@ class JaggedScores(Operation):
             ),
             "sll": Provider(
                 lambda q, k: torch.ops.fbgemm.sll_jagged_jagged_bmm_jagged_out(
-                    q, k, rows, offsets, rows, offsets, scores, score_offsets, self.batch.max_seqlen, True
+                    q, k, rows, offsets, rows, offsets, scores, score_offsets, self.batch.max_seqlen, self.tf32
                 ),
                 (heads_first, heads_first),
                 (lambda x: heads_inside(x, H),) * 2,
@@ -279,7 +284,7 @@ class JaggedWeightedSum(Operation):
             PADDED: Provider(torch.matmul, (layouts.pad_scores, pad), (layouts.unpad_scores, unpad), unpad, pad),
             "sll": Provider(
                 lambda p, v: torch.ops.fbgemm.sll_array_jagged_bmm_jagged_out(
-                    p, v, scores, score_offsets, rows, offsets, rows, offsets, self.batch.max_seqlen, True
+                    p, v, scores, score_offsets, rows, offsets, rows, offsets, self.batch.max_seqlen, self.tf32
                 ),
                 (lambda x: x.detach().reshape(-1), heads_first),
                 (lambda x: x.view(H, -1), lambda x: heads_inside(x, H)),
@@ -350,6 +355,15 @@ class JaggedScoreSoftmax(Operation):
     def flop(self) -> int:
         return 0
 
+    def work(self, mode: str) -> Work:
+        """What nobody sees is written, and not read."""
+        batch, shape = self.batch, self.shape
+        pairs = zip(batch.lengths, batch.targets, strict=True)
+        visible = sum(visible_pairs(n - targets, targets, shape.causal, shape.window) for n, targets in pairs)
+        read, written = (1, 1) if mode == "forward" else (3, 2)  # the scores; probabilities and their gradients
+        elements = shape.heads * (read * visible + written * self.layouts.num_scores)
+        return Work(0, elements * batch.dtype.itemsize)
+
     def reference(self, *operands: Tensor) -> Tensor:
         (scores,) = operands
         return reference_jagged_score_softmax(
@@ -366,7 +380,7 @@ class JaggedScoreSoftmax(Operation):
         known = {
             OURS: Provider(lambda x: jagged_score_softmax(x, layouts.scores, causal=shape.causal, window=batch.window)),
         }
-        if not batch.num_targets:
+        if batch.num_targets is None:
             hidden = ~user_mask(batch.max_seqlen, 0, shape.causal, batch.window, batch.device)[None, None]
             if not shape.causal and batch.window is None:
                 hidden = ~layouts.is_token[:, None, None]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ GIGABYTE = Shape("G1", users=8192, heads=4, head_dim=64, mean=128, max=512)
 """About a gigabyte of traffic where rows are read and written once."""
 
 ALL_SHAPES = {**SHAPES, GIGABYTE.name: GIGABYTE}
-DEFAULT_SHAPES = {"cuda": ["S1", "S3", "M1", "M2", "G1"], "cpu": ["tiny"]}
+DEFAULT_SHAPES = {"cuda": ["S1", "S3", "M1", "L1", "G1"], "cpu": ["tiny"]}
 
 SHAPE = ("shape", "users", "heads", "head_dim", "causal", "window", "tokens", "mean_length", "max_length", "scores")
 FIGURES = (
@@ -172,6 +172,14 @@ def _has_floor(device: torch.device) -> bool:
     return device.type == "cuda" and ROOF_GPU in torch.cuda.get_device_name(device)
 
 
+class Set(NamedTuple):
+    """One set of inputs."""
+
+    operands: list[Tensor]
+    dout: Tensor
+    """The gradient of the result."""
+
+
 def _measure(options: Options, operation: Operation, mode: str) -> list[Row]:
     """Status and figures of all providers; whatever goes wrong in one is its status and reason."""
     batch = operation.batch
@@ -183,10 +191,12 @@ def _measure(options: Options, operation: Operation, mode: str) -> list[Row]:
     shapes = operation.operand_shapes()
     num_bytes = sum(int(torch.Size(shape).numel()) for shape in shapes) * batch.dtype.itemsize
     num_sets = sets_past_cache(num_bytes, batch.device)
-    sets = [[normal(shape) for shape in shapes] for _ in range(num_sets)]
-    dout = normal(operation.result_shape())
-    exact = _results(operation.reference, [x.float() for x in sets[0]], dout.float(), mode)
-    known = operation.providers()
+    try:
+        sets = [Set([normal(shape) for shape in shapes], normal(operation.result_shape())) for _ in range(num_sets)]
+        exact = _results(operation.reference, [x.float() for x in sets[0].operands], sets[0].dout.float(), mode)
+        known = operation.providers()
+    except torch.OutOfMemoryError as error:  # a shape too large for this GPU must not end the comparison
+        return [_failure(error) for _ in options.providers]
     pool = torch.cuda.graph_pool_handle() if batch.device.type == "cuda" else None
     prepared: list[tuple[Row, Ready | Timing | None]] = []
     for name in options.providers:
@@ -200,7 +210,7 @@ def _measure(options: Options, operation: Operation, mode: str) -> list[Row]:
             prepared.append(({"status": ABSENT, "reason": reason}, None))
             continue
         try:
-            prepared.append(_prepare(known[name], sets, dout, exact, mode, options.repeats, pool))
+            prepared.append(_prepare(operation, known[name], sets, exact, mode, options.repeats, pool))
         except Exception as error:  # a peer's own bug must not end the comparison
             prepared.append((_failure(error), None))
         if batch.device.type == "cuda":
@@ -228,37 +238,38 @@ def _results(call: Callable[..., Tensor], operands: Sequence[Tensor], dout: Tens
 
 
 def _prepare(
+    operation: Operation,
     provider: Provider,
-    sets: Sequence[Sequence[Tensor]],
-    dout: Tensor,
+    sets: Sequence[Set],
     exact: Sequence[Tensor],
     mode: str,
     repeats: int,
     pool: Any,
 ) -> tuple[Row, Ready | Timing]:
-    convert = provider.operands or [lambda x: x] * len(sets[0])
-    converted = [[one(x) for one, x in zip(convert, operands, strict=True)] for operands in sets]
-    dout = dout if provider.dout is None else provider.dout(dout)
-    results = _results(provider.call, converted[0], dout, mode)
+    dtype, device = operation.batch.dtype, operation.batch.device
+    convert = provider.operands or [lambda x: x] * len(sets[0].operands)
+    convert_dout = provider.dout or (lambda x: x)
+    converted = [
+        Set([one(x) for one, x in zip(convert, operands, strict=True)], convert_dout(dout)) for operands, dout in sets
+    ]
+    results = _results(provider.call, *converted[0], mode)
     restore = [provider.result, *(provider.gradients or [lambda x: x] * len(convert))]
-    error = max(
-        relative_error(one(actual), expected) for one, actual, expected in zip(restore, results, exact, strict=False)
-    )
+    pairs = zip(restore, results, exact, strict=False)
+    error = max(operation.layouts.worst_error(one(actual), expected) for one, actual, expected in pairs)
     del results
-    limit = ROW_LIMIT * torch.finfo(sets[0][0].dtype).eps
-    limit *= FLOAT32_LIMIT_FACTOR if sets[0][0].dtype == torch.float32 else 1
+    limit = ROW_LIMIT * torch.finfo(dtype).eps * (FLOAT32_LIMIT_FACTOR if dtype == torch.float32 else 1)
     accurate = error <= limit
     row = {
         "status": OK if accurate else INACCURATE,
-        "reason": "" if accurate else f"the error is {error / limit:.2g} times what {sets[0][0].dtype} explains",
+        "reason": "" if accurate else f"the error is {error / limit:.2g} times what {dtype} explains",
         "relative_error": float(f"{error / limit:.3g}"),
     }
 
     def make_calls() -> Calls:
-        leaves = [[x.detach().requires_grad_(mode != "forward") for x in operands] for operands in converted]
+        leaves = [[x.detach().requires_grad_(mode != "forward") for x in one.operands] for one in converted]
 
         def call(i: int) -> object:
-            operands = leaves[i % len(leaves)]
+            operands, dout = leaves[i % len(leaves)], converted[i % len(leaves)].dout
             if mode == "forward":
                 with torch.no_grad():
                     return provider.call(*operands)
@@ -267,16 +278,7 @@ def _prepare(
 
         return call
 
-    return row, prepare(make_calls, dout.device, repeats, pool)
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference over that of the exact values; infinite where a value isn't finite."""
-    difference = actual.detach().float() - exact.detach()
-    if not bool(torch.isfinite(difference).all()):
-        return math.inf
-    size = float(exact.detach().square().mean().sqrt())
-    return float(difference.square().mean().sqrt()) / max(size, torch.finfo(torch.float32).tiny)
+    return row, prepare(make_calls, device, repeats, pool)
 
 
 def _failure(error: Exception) -> Row:
@@ -308,7 +310,7 @@ def _fill_ratios(rows: Sequence[Row]) -> None:
     timed = [row for row in rows if row.get("device_ms") is not None]
     peers = [row["device_ms"] for row in timed if row["provider"] != OURS and row["status"] == OK]
     padded = [row["device_ms"] for row in timed if row["provider"] == PADDED and row["status"] == OK]
-    for row in timed:
+    for row in (row for row in timed if row["status"] == OK):
         row["ratio_to_best_peer"] = round(min(peers) / row["device_ms"], 3) if peers else None
         row["ratio_to_padded"] = round(padded[0] / row["device_ms"], 3) if padded else None
 
@@ -322,7 +324,7 @@ def table(rows: Sequence[Row], mode: str) -> str:
     for operation, shape in dict.fromkeys((row["operation"], row["shape"]) for row in rows):
         of = {row["provider"]: row for row in rows if (row["operation"], row["shape"]) == (operation, shape)}
         ours, padded = of.get(OURS, {}), of.get(PADDED, {})
-        if ours.get("ratio_to_best_peer"):
+        if ours.get("ratio_to_best_peer") and ours["status"] == OK:
             ratios.append(ours["ratio_to_best_peer"])
         floor = next(iter(of.values())).get("floor_ms")
         lines.append([

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.jagged_matmul.reference import of_users
+
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": F.relu,
@@ -23,11 +25,6 @@ NEUTRAL = {"add": 0.0, "mul": 1.0}
 def combine(a: Tensor, b: Tensor, op: str) -> Tensor:
     """`a + b` or `a * b`."""
     return a + b if op == "add" else a * b
-
-
-def of_users(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-    """The rows of every user."""
-    return x.split(offsets.diff().tolist()) if offsets.shape[0] > 1 else ()
 
 
 def reference_jagged_dense_elementwise(

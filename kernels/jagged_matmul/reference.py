@@ -9,28 +9,37 @@ import torch
 from torch import Tensor
 
 
-def spans(offsets: Tensor) -> list[slice]:
+def of_users(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     """The rows of every user."""
-    bounds = offsets.tolist()
-    return [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return x.split(offsets.diff().tolist()) if offsets.shape[0] > 1 else ()
+
+
+def scores_of_users(scores: Tensor, offsets: Tensor, key_offsets: Tensor) -> tuple[Tensor, ...]:
+    """The scores of every user, `(H, m, l)`."""
+    if offsets.shape[0] <= 1:
+        return ()
+    shapes = list(zip(offsets.diff().tolist(), key_offsets.diff().tolist(), strict=True))
+    parts = scores.split([m * l for m, l in shapes], dim=1)
+    return tuple(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def reference_jagged_dense_bmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """Of every user `x_b w_b`."""
-    parts = [torch.einsum("lhk,hkn->lhn", x[rows], w[b]) for b, rows in enumerate(spans(offsets))]
+    parts = [torch.einsum("lhk,hkn->lhn", *pair) for pair in zip(of_users(x, offsets), w.unbind(), strict=True)]
     return torch.cat([x.new_empty(0, x.shape[1], w.shape[3]), *parts])
 
 
 def reference_jagged_jagged_bmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """Of every user `x_b^T y_b`."""
-    parts = [torch.einsum("lhm,lhn->hmn", x[rows], y[rows]) for rows in spans(offsets)]
+    pairs = zip(of_users(x, offsets), of_users(y, offsets), strict=True)
+    parts = [torch.einsum("lhm,lhn->hmn", *pair) for pair in pairs]
     return torch.stack(parts) if parts else x.new_empty(0, *x.shape[1:], y.shape[2])
 
 
 def reference_jagged_scores(q: Tensor, k: Tensor, offsets: Tensor, key_offsets: Tensor, scale: float = 1.0) -> Tensor:
     """Of every user `scale q_b k_b^T`, `(H, T)`."""
-    pairs = zip(spans(offsets), spans(key_offsets), strict=True)
-    parts = [torch.einsum("mhd,lhd->hml", q[own], k[other]).flatten(1) * scale for own, other in pairs]
+    pairs = zip(of_users(q, offsets), of_users(k, key_offsets), strict=True)
+    parts = [torch.einsum("mhd,lhd->hml", *pair).flatten(1) * scale for pair in pairs]
     return torch.cat([q.new_empty(q.shape[1], 0), *parts], dim=1)
 
 
@@ -38,14 +47,8 @@ def reference_jagged_weighted_sum(
     weights: Tensor, v: Tensor, offsets: Tensor, key_offsets: Tensor, transposed: bool = False
 ) -> Tensor:
     """Of every user `p_b v_b`, or `p_b^T v_b`, where v belongs to the queries."""
-    parts = []
-    begin = 0
-    for own, other in zip(spans(offsets), spans(key_offsets), strict=True):
-        m, l = own.stop - own.start, other.stop - other.start
-        weights_of_user = weights[:, begin : begin + m * l].unflatten(1, (m, l))
-        begin += m * l
-        if transposed:
-            parts.append(torch.einsum("hml,mhd->lhd", weights_of_user, v[own]))
-        else:
-            parts.append(torch.einsum("hml,lhd->mhd", weights_of_user, v[other]))
+    squares = scores_of_users(weights, offsets, key_offsets)
+    rows = of_users(v, offsets if transposed else key_offsets)
+    product = "hml,mhd->lhd" if transposed else "hml,lhd->mhd"
+    parts = [torch.einsum(product, *pair) for pair in zip(squares, rows, strict=True)]
     return torch.cat([v.new_empty(0, *v.shape[1:]), *parts])

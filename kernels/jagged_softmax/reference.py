@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.jagged_flash_attention.reference import dense_mask
-from kernels.jagged_matmul.reference import spans
+from kernels.jagged_matmul.reference import of_users, scores_of_users
 
 
 def reference_jagged_softmax(x: Tensor, offsets: Tensor, scale: float = 1.0) -> Tensor:
     """Of every user softmax over its rows, a column at a time."""
-    return torch.cat([x[:0], *[(x[rows] * scale).softmax(dim=0) for rows in spans(offsets)]])
+    return torch.cat([x[:0], *[(rows * scale).softmax(dim=0) for rows in of_users(x, offsets)]])
 
 
 def reference_jagged_score_softmax(
@@ -32,12 +32,10 @@ def reference_jagged_score_softmax(
     longest = int(offsets.diff().max()) if offsets.numel() > 1 else 0
     mask = dense_mask(offsets, longest, causal=causal, window=window, num_targets=num_targets) if is_self else None
     parts = []
-    begin = 0
-    for b, (own, other) in enumerate(zip(spans(offsets), spans(key_offsets), strict=True)):
-        m, l = own.stop - own.start, other.stop - other.start
-        of_user = scores[:, begin : begin + m * l].unflatten(1, (m, l)) * scale
-        begin += m * l
+    for b, of_user in enumerate(scores_of_users(scores, offsets, key_offsets)):
+        of_user = of_user * scale
         if mask is not None:
+            m = of_user.shape[1]
             of_user = of_user.masked_fill(~mask[b, :m, :m], float("-inf"))
         parts.append(of_user.softmax(dim=2).flatten(1))
     return torch.cat([scores[:, :0], *parts], dim=1)

@@ -204,6 +204,16 @@ def test_dropout_keeps_the_mean_and_only_acts_when_asked(name: str, device: torc
     torch.testing.assert_close(backend(inputs.q, inputs.k, ones, layout, mask), torch.ones_like(out))
 
 
+@pytest.mark.parametrize("name", ["sdpa", "jagged", "jagged_flash"])
+def test_large_scores_in_float16(name: str, device: torch.device) -> None:
+    """q k^T passes what float16 can hold; times the scale it doesn't."""
+    backend = usable(name, device)
+    layout, mask = make_layout(USERS["one_user"], device), make_mask(USERS["one_user"], "causal", device)
+    q = torch.full((layout.total, 1, 64), 40.0, device=device, dtype=torch.float16)
+    v = torch.ones_like(q)
+    torch.testing.assert_close(backend(q, q, v, layout, mask), v)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_autocast_decides_the_dtype(name: str, device: torch.device) -> None:
     """fp32 q, k, v (after a norm, say) compute in autocast's dtype under every backend: losses agree."""

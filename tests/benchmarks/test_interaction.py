@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from benchmarks.attention.shapes import Batch, Shape
 from benchmarks.interaction import run
 from benchmarks.interaction.layouts import Layouts
 from benchmarks.interaction.operations import OPERATIONS, OURS, PADDED, PROVIDERS
-from benchmarks.interaction.run import COLUMNS, main, parse_options, relative_error, run_benchmark, table
+from benchmarks.interaction.run import COLUMNS, main, parse_options, run_benchmark, table
 from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="Triton can't run here")
@@ -26,7 +27,10 @@ def layouts_of(shape: Shape, dtype: torch.dtype = torch.float32) -> Layouts:
     return Layouts(Batch(shape, dtype, CPU))
 
 
-@pytest.mark.parametrize("shape", [FULL, CAUSAL], ids=lambda shape: shape.name)
+CANDIDATES = Shape("candidates", users=5, heads=2, head_dim=16, mean=9, max=20, targets=2)
+
+
+@pytest.mark.parametrize("shape", [FULL, CAUSAL, CANDIDATES], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_provider_does_the_same(name: str, shape: Shape) -> None:
     """Those that are timed on CUDA only are run by their own code for CPUs: arguments and conversions are the same."""
@@ -44,7 +48,8 @@ def test_every_provider_does_the_same(name: str, shape: Shape) -> None:
     for provider in providers.values():
         if not INTERPRETED and provider is providers[OURS]:
             continue
-        row, _ = run._prepare(provider, [operands], dout, expected, "forward_backward", repeats=1, pool=None)
+        sets = [run.Set(operands, dout)]
+        row, _ = run._prepare(operation, provider, sets, expected, "forward_backward", repeats=1, pool=None)
         assert row["status"] == "ok", row
 
 
@@ -61,6 +66,11 @@ def test_work_is_what_has_to_be_read_written_and_multiplied() -> None:
     assert both.num_bytes == 2 * 5 * 2 * T  # x, y; y, dy, dx
     pool = OPERATIONS["jagged_pool"](layouts).work("forward_backward")
     assert pool.num_bytes == 2 * 2 * (L * 32 + 5 * 32)  # x, out; dout, dx
+    causal = layouts_of(CAUSAL, torch.bfloat16)
+    seen = sum(n * (n + 1) // 2 for n in causal.batch.lengths)
+    softmax = OPERATIONS["jagged_score_softmax"](causal)
+    assert softmax.work("forward").num_bytes == 2 * 2 * (seen + causal.num_scores)
+    assert softmax.work("forward_backward").num_bytes == 2 * 2 * (3 * seen + 2 * causal.num_scores)
     assert OPERATIONS["jagged_scores"](layouts).work("forward_backward").flop == 3 * work["jagged_scores"].flop
 
 
@@ -77,16 +87,39 @@ def test_padding_and_back() -> None:
     assert squares[1, 0, 0, 0] == scores[0, second]
 
 
-def test_a_wrong_result_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert relative_error(torch.ones(4), torch.ones(4)) == 0.0
-    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
-    operation = OPERATIONS["jagged_softmax"](layouts_of(FULL))
-    (x,) = (torch.randn(shape) for shape in operation.operand_shapes())
-    exact = [operation.reference(x)]
-    wrong = run.Provider(lambda x: operation.reference(x) * 1.5)
-    row, _ = run._prepare(wrong, [[x]], exact[0], exact, "forward", repeats=1, pool=None)
+@pytest.mark.parametrize("wrong", ["a_row", "a_user", "everything", "nan"])
+@pytest.mark.parametrize("name", ["jagged_softmax", "jagged_score_softmax", "jagged_pool"])
+def test_a_wrong_result_is_marked(name: str, wrong: str) -> None:
+    layouts = layouts_of(FULL, torch.bfloat16)
+    operation = OPERATIONS[name](layouts)
+    (x,) = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in operation.operand_shapes())
+    exact = operation.reference(x)
+    first_score = sum(n * n for n in layouts.batch.lengths[:-1])
+    place: Any = (slice(None), slice(first_score, None)) if name == "jagged_score_softmax" else -1
+
+    def spoil(x: Tensor) -> Tensor:
+        out = operation.reference(x)
+        if wrong == "everything":
+            return out * 1.2
+        out[place] = float("nan") if wrong == "nan" else 0.0
+        return out
+
+    sets = [run.Set([x], exact)]
+    row, _ = run._prepare(operation, run.Provider(spoil), sets, [exact], "forward", repeats=1, pool=None)
     assert row["status"] == "inaccurate"
     assert row["relative_error"] > 1
+    row, _ = run._prepare(operation, run.Provider(operation.reference), sets, [exact], "forward", 1, None)
+    assert row["status"] == "ok"
+
+
+def test_an_inaccurate_row_has_no_ratio() -> None:
+    rows = [
+        {"provider": OURS, "status": "inaccurate", "device_ms": 1.0},
+        {"provider": PADDED, "status": "ok", "device_ms": 9.0},
+    ]
+    run._fill_ratios(rows)
+    assert "ratio_to_best_peer" not in rows[0]
+    assert rows[1]["ratio_to_padded"] == 1.0
 
 
 def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

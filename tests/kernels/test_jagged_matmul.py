@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.jagged import Schedule
 from kernels.jagged.score_layout import BLOCK, ScoreLayout, count_scores
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
 from kernels.jagged_matmul.reference import (
@@ -17,6 +18,7 @@ from kernels.jagged_matmul.reference import (
     reference_jagged_scores,
     reference_jagged_weighted_sum,
 )
+from kernels.jagged_matmul.scores import launch_scores, launch_weighted_sum
 from tests.kernels.jagged_operands import DTYPES, LENGTHS, Users, assert_follows_reference, make, with_gradients
 
 CPU = torch.device("cpu")
@@ -152,21 +154,112 @@ def test_int32_offsets(kernel_device: torch.device) -> None:
     assert torch.equal(jagged_scores(q, k, users.layout(kernel_device, torch.int32)), expected)
 
 
-def test_second_derivatives(kernel_device: torch.device) -> None:
-    """Gradients are made of the same operators, so they have gradients too."""
+def test_strided_offsets(kernel_device: torch.device) -> None:
+    """A column of a matrix is as good as a vector."""
     users = SMALL
-    layout, offsets = users.layout(kernel_device), users.offsets(kernel_device)
+    offsets = torch.stack([users.offsets(kernel_device)] * 2, dim=1)[:, 0]
+    strided = Schedule(offsets, users.total, max(users.lengths), check_values=True)
+    x, w = make(kernel_device, torch.float32, (8, 2, 16), (2, 2, 16, 16))
+    (dout,) = make(kernel_device, torch.float32, (8, 2, 16), seed=1)
+    for schedule in (strided, users.schedule(kernel_device)):
+        layout = ScoreLayout(schedule, 34)
 
-    def penalty(scores: Any, q: Tensor, k: Tensor) -> list[Tensor]:
+        def everything(x: Tensor, w: Tensor) -> Tensor:
+            out = jagged_dense_bmm(x, w + jagged_jagged_bmm(x, x, schedule), schedule)  # noqa: B023
+            return jagged_weighted_sum(jagged_scores(out, x, layout, scale=0.1), x, layout)  # noqa: B023
+
+        results = with_gradients(everything, [x, w], dout)
+        if schedule is strided:
+            expected = results
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_matrices_of_wide_strides(kernel_device: torch.device) -> None:
+    """Rows of a matrix, and of x, that lie further apart than 2^31 elements together."""
+    schedule = SMALL.schedule(kernel_device)
+    base = torch.empty(2**32, dtype=torch.float16, device=kernel_device)
+    w = base.as_strided((2, 1, 64, 64), (1, 1, 2**26 - 2**20, 2**14))
+    x = torch.randn(8, 1, 64, device=kernel_device).half()
+    w.copy_(torch.randn(2, 1, 64, 64))
+    assert torch.equal(jagged_dense_bmm(x, w, schedule), jagged_dense_bmm(x, w.contiguous(), schedule))
+
+
+PRODUCTS: dict[str, tuple[Any, Any]] = {
+    "scores": (
+        lambda q, k, schedule, layout, o: jagged_scores(q, k, layout),
+        lambda q, k, o: reference_jagged_scores(q, k, o, o),
+    ),
+    "jagged_bmm": (
+        lambda q, k, schedule, layout, o: jagged_jagged_bmm(q, k, schedule),
+        lambda q, k, o: reference_jagged_jagged_bmm(q, k, o),
+    ),
+    "dense_bmm": (
+        lambda q, k, schedule, layout, o: jagged_dense_bmm(q, k[:2, :, None] * k[2:4, :, :, None], schedule),
+        lambda q, k, o: reference_jagged_dense_bmm(q, k[:2, :, None] * k[2:4, :, :, None], o),
+    ),
+    "weighted_sum": (
+        lambda q, k, schedule, layout, o: jagged_weighted_sum(jagged_scores(q, q, layout), k, layout),
+        lambda q, k, o: reference_jagged_weighted_sum(reference_jagged_scores(q, q, o, o), k, o, o),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_second_derivatives(name: str, kernel_device: torch.device) -> None:
+    """Gradients are made of the same operators, so they have gradients too."""
+    product, reference = PRODUCTS[name]
+    schedule, layout, offsets = SMALL.schedule(kernel_device), SMALL.layout(kernel_device), SMALL.offsets(kernel_device)
+
+    def penalty(product: Any, q: Tensor, k: Tensor) -> list[Tensor]:
         q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-        (dq,) = torch.autograd.grad(scores(q, k).square().sum(), q, create_graph=True)
+        (dq,) = torch.autograd.grad(product(q, k).square().sum(), q, create_graph=True)
         return list(torch.autograd.grad(dq.square().sum(), (q, k)))
 
-    q, k = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16))
-    actual = penalty(lambda q, k: jagged_scores(q, k, layout), q, k)
-    exact = penalty(lambda q, k: reference_jagged_scores(q, k, offsets, offsets), q.double(), k.double())
+    q, k = (0.3 * x for x in make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16)))
+    actual = penalty(lambda q, k: product(q, k, schedule, layout, offsets), q, k)
+    exact = penalty(lambda q, k: reference(q, k, offsets), q.double(), k.double())
     for a, b in zip(actual, exact, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("queries", [[0, 5, 0, 8], [0, 2**32, 5, 8]], ids=["descending", "garbage"])
+def test_wrong_offsets_touch_no_foreign_memory(
+    queries: list[int], monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    """Results that lie between canaries, for offsets that put scores in front of the tensor and behind it."""
+    keys = [0, 1, 10, 12]
+    made: list[Tensor] = []
+
+    def between_canaries(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = int(torch.Size(shape).numel())
+        whole = torch.full((size + 2000,), 7.0, dtype=dtype, device=device)
+        made.append(whole)
+        return whole[1000 : 1000 + size].view(shape)
+
+    new_empty = torch.Tensor.new_empty
+
+    def between(self: Tensor, *size: Any, **keywords: Any) -> Tensor:
+        if keywords:  # the interpreter's own
+            return new_empty(self, *size, **keywords)
+        return between_canaries(size[0], self.dtype, self.device)
+
+    monkeypatch.setattr(torch, "empty", between_canaries)
+    monkeypatch.setattr(torch.Tensor, "new_empty", between)
+    offsets, key_offsets = (torch.tensor(x, device=kernel_device) for x in (queries, keys))
+    schedule = Schedule(offsets, 8, 5, key_offsets=key_offsets, total_keys=12, max_key_seqlen=9)
+    tiles = torch.zeros(6, 8, dtype=torch.int32, device=kernel_device)
+    for i in range(3):
+        start, key_start = max(min(queries[i], 8), 0), keys[i]
+        tiles[i] = torch.tensor([start, min(5, 8 - start), key_start, keys[i + 1] - key_start, 0, 9, i, 0])
+    layout = ScoreLayout(schedule, 12)
+    q, k = torch.ones(8, 1, 16, device=kernel_device), torch.ones(12, 1, 16, device=kernel_device)
+    scores = launch_scores(q, k, tiles, layout.offsets, 12, 1.0, "ieee")
+    launch_weighted_sum(scores.new_ones(1, 12), k, tiles, layout.offsets, 8, 1.0, False, "ieee")
+    assert len(made) == 2
+    for whole in made:
+        assert bool((whole[:1000] == 7.0).all())
+        assert bool((whole[-1000:] == 7.0).all())
 
 
 def test_a_wrong_number_of_scores_is_refused_or_leaves_users_out(kernel_device: torch.device) -> None:
@@ -212,6 +305,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "key_rows": (lambda s: jagged_scores(HEADS, HEADS[:7], ScoreLayout(s, 34)), "k has 7 rows"),
     "weights": (lambda s: jagged_weighted_sum(torch.zeros(2, 33), HEADS, ScoreLayout(s, 34)), r"shape \(2, 34\)"),
+    "long_user": (
+        lambda s: ScoreLayout(Schedule(torch.tensor([0, 5, 8]), 8, 3, check_values=True), 34),
+        "user 0 has 5 tokens, more than max_seqlen=3",
+    ),
     "negative": (lambda s: ScoreLayout(s, -1), "at least 0 scores"),
 }
 
@@ -249,6 +346,27 @@ def test_operators_obey_torch_library(kernel_device: torch.device) -> None:
         torch.library.opcheck(op.default, args)
     torch.library.opcheck(ops.jagged_dense_bmm.default, (q, w, row_tiles, offsets, longest, "ieee"))
     torch.library.opcheck(ops.jagged_jagged_bmm.default, (q, y, row_tiles, offsets, longest, "ieee"))
+
+
+def test_a_layout_made_while_compiling(kernel_device: torch.device) -> None:
+    offsets = SMALL.offsets(kernel_device)
+
+    def layer(q: Tensor, k: Tensor, offsets: Tensor) -> Tensor:
+        layout = ScoreLayout(Schedule(offsets, 8, 5, check_values=True), 34)
+        return jagged_scores(q, k, layout)
+
+    q, k = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, offsets), layer(q, k, offsets))
+
+
+def test_a_layout_made_in_inference_mode_serves_training(kernel_device: torch.device) -> None:
+    with torch.inference_mode():
+        layout = SMALL.layout(kernel_device)
+    operands = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16))
+    (dout,) = make(kernel_device, torch.float32, (2, 34), seed=1)
+    _, dq, _ = with_gradients(lambda q, k: jagged_scores(q, k, layout), operands, dout)
+    assert bool(dq.any())
 
 
 def test_compiles_without_a_graph_break(kernel_device: torch.device) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.jagged import Schedule
 from kernels.jagged.score_layout import ScoreLayout
 from kernels.jagged_softmax import jagged_score_softmax, jagged_softmax
 from kernels.jagged_softmax.reference import reference_jagged_score_softmax, reference_jagged_softmax
@@ -156,10 +157,27 @@ def test_strides(kernel_device: torch.device) -> None:
     assert torch.equal(jagged_softmax(x[:, ::2], schedule), jagged_softmax(x[:, ::2].contiguous(), schedule))
 
 
+def test_rows_of_wide_strides(kernel_device: torch.device) -> None:
+    """A column of a matrix whose rows, as many as a block has, lie further apart than 2^31 elements together."""
+    base = torch.empty(4096, 3 * 2**18, dtype=torch.float16, device=kernel_device)
+    x = base[:, :1]
+    x.copy_(torch.randn(4096, 1))
+    schedule = Schedule(torch.tensor([0, 4096], device=kernel_device), 4096, 4096)
+    assert torch.equal(jagged_softmax(x, schedule), jagged_softmax(x.contiguous(), schedule))
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "rows": (lambda s: jagged_softmax(torch.zeros(7, 2), s), r"the L = 8 of the schedule; got \(7, 2\)"),
     "float64": (lambda s: jagged_softmax(torch.zeros(8, 2).double(), s), "share one dtype of torch.float32"),
     "devices": (lambda s: jagged_softmax(torch.zeros(8, 2, device="meta"), s), "x on meta, offsets on cpu"),
+    "long_user": (
+        lambda s: jagged_softmax(torch.zeros(8, 2), Schedule(torch.tensor([0, 5, 8]), 8, 3, check_values=True)),
+        "user 0 has 5 tokens, more than max_seqlen=3",
+    ),
+    "short_offsets": (
+        lambda s: jagged_softmax(torch.zeros(8, 2), Schedule(torch.tensor([0, 2, 4]), 8, 3, check_values=True)),
+        "they must go from 0 to the number of rows, 8",
+    ),
     "temperature": (lambda s: jagged_softmax(torch.zeros(8, 2), s, temperature=0.0), "temperature must be above 0"),
     "scores": (
         lambda s: jagged_score_softmax(torch.zeros(2, 33), ScoreLayout(s, 34)),

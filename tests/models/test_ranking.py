@@ -73,6 +73,22 @@ def test_target_attention_is_softmax_over_the_history() -> None:
         start += history + candidates
 
 
+@pytest.mark.parametrize("lengths", [([3, 0], [1, 2]), ([0, 0], [1, 2]), ([3, 1], [0, 0]), ([0, 0], [0, 0])])
+@pytest.mark.parametrize("name", ["dense", "sdpa", "jagged", "jagged_flash"])
+def test_target_attention_without_history_or_candidates(name: str, lengths: tuple[list[int], list[int]]) -> None:
+    """Zero where there is no history; and every projection gets a gradient, or DDP would wait for it."""
+    backend = backends()[name]
+    if (reason := backend.unavailable(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    batch = batch_of(*lengths)
+    sequence = join_layout(batch)
+    q, k, v = (torch.randn(sequence.total, 2, 16).requires_grad_() for _ in range(3))
+    out = TargetMixer(backend)(q, k, v, mix_context(batch, sequence, MaskSpec()))
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert bool(out.any()) == (sum(h * c for h, c in zip(*lengths, strict=True)) > 0)
+
+
 def test_loss_is_the_mean_over_candidates_and_tasks() -> None:
     task = small_model(small_model_config())
     batch = batch_of([4, 0, 7], [1, 3, 2])
