@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.jagged.checks import check_operands, checks_values
 from kernels.jagged.launch import is_traced, readable_in_place, require_triton
+from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged_concat.rows import launch_move
@@ -131,7 +132,7 @@ def _readable(x: Tensor) -> Tensor:
 # Concatenation and its inverse
 
 
-@torch.library.custom_op("recsys_kernels::jagged_concat", mutates_args=())
+@operator("jagged_concat")
 def _concat_op(x: Tensor, y: Tensor, x_tiles: Tensor, y_tiles: Tensor, x_offsets: Tensor, y_offsets: Tensor) -> Tensor:
     z = torch.empty((x.shape[0] + y.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     launch_move(_readable(x), z, x_tiles, y_offsets.contiguous(), pull=False)
@@ -144,7 +145,7 @@ def _concat_fake(x: Tensor, y: Tensor, *_: object) -> Tensor:
     return x.new_empty((x.shape[0] + y.shape[0], x.shape[1]))
 
 
-@torch.library.custom_op("recsys_kernels::jagged_split", mutates_args=())
+@operator("jagged_split")
 def _split_op(
     z: Tensor, x_tiles: Tensor, y_tiles: Tensor, x_offsets: Tensor, y_offsets: Tensor, x_total: int, y_total: int
 ) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ _split_op.register_autograd(_split_backward, setup_context=_save_split)
 # The last rows, and their gradient
 
 
-@torch.library.custom_op("recsys_kernels::jagged_last", mutates_args=())
+@operator("jagged_last")
 def _last_op(
     x: Tensor, tiles: Tensor, x_tiles: Tensor, offsets: Tensor, x_offsets: Tensor, n: int, total: int
 ) -> Tensor:
@@ -204,7 +205,7 @@ def _last_fake(
     return x.new_empty((total, x.shape[1]))
 
 
-@torch.library.custom_op("recsys_kernels::jagged_last_backward", mutates_args=())
+@operator("jagged_last_backward")
 def _last_backward_op(
     dout: Tensor, tiles: Tensor, x_tiles: Tensor, offsets: Tensor, x_offsets: Tensor, n: int, x_total: int
 ) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.jagged.checks import check_operands, checks_values
 from kernels.jagged.launch import is_traced, readable, require_triton
+from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged_elementwise.checks import check_option, check_rows
@@ -180,7 +181,7 @@ def _check_equal(x_offsets: Tensor, y_offsets: Tensor) -> None:
 # Jagged with dense
 
 
-@torch.library.custom_op("recsys_kernels::jagged_dense_elementwise", mutates_args=())
+@operator("jagged_dense_elementwise")
 def _dense_op(
     x: Tensor,
     dense: Tensor,
@@ -200,7 +201,7 @@ def _dense_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("recsys_kernels::jagged_dense_elementwise_backward", mutates_args=())
+@operator("jagged_dense_elementwise_backward")
 def _dense_backward_op(
     dout: Tensor,
     x: Tensor | None,
@@ -257,7 +258,7 @@ _dense_op.register_autograd(_dense_backward, setup_context=_save_dense)
 # Jagged with jagged
 
 
-@torch.library.custom_op("recsys_kernels::jagged_pair", mutates_args=())
+@operator("jagged_pair")
 def _pair_op(
     x: Tensor,
     y: Tensor,

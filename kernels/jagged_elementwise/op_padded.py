@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels.jagged.checks import check_operands
 from kernels.jagged.launch import MAX_ROW_STRIDE, readable, require_triton
+from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged_elementwise.checks import check_rows
@@ -72,7 +72,7 @@ def padded_to_jagged(x: Tensor, schedule: Schedule) -> Tensor:
     return _to_jagged_op(x, tiles, offsets, max_seqlen, total)
 
 
-@torch.library.custom_op("recsys_kernels::jagged_to_padded", mutates_args=())
+@operator("jagged_to_padded")
 def _to_padded_op(x: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, max_length: int, fill: float) -> Tensor:
     return launch_to_padded(readable(x), offsets.contiguous(), max_seqlen, max_length, fill).to(x.dtype)
 
@@ -82,7 +82,7 @@ def _to_padded_fake(x: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, 
     return x.new_empty((offsets.shape[0] - 1, max_length, x.shape[1]))
 
 
-@torch.library.custom_op("recsys_kernels::padded_to_jagged", mutates_args=())
+@operator("padded_to_jagged")
 def _to_jagged_op(padded: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, total: int) -> Tensor:
     in_place = padded.stride(2) == 1 and padded.stride(1) <= MAX_ROW_STRIDE
     return launch_to_jagged(padded if in_place else padded.contiguous(), tiles, total)

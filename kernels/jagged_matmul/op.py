@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels.jagged.checks import PRECISIONS, check_operands
 from kernels.jagged.launch import interpretable, readable, require_triton
+from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK, ScoreLayout
 from kernels.jagged_matmul.dense import launch_dense_bmm, launch_jagged_bmm
@@ -175,7 +175,7 @@ def _check_precision(precision: str) -> None:
 # Jagged x dense, and jagged^T x jagged
 
 
-@torch.library.custom_op("recsys_kernels::jagged_dense_bmm", mutates_args=())
+@operator("jagged_dense_bmm")
 def _dense_bmm_op(x: Tensor, w: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
     return launch_dense_bmm(readable(x), interpretable(w), tiles, precision).to(x.dtype)
 
@@ -185,7 +185,7 @@ def _dense_bmm_fake(x: Tensor, w: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:2], w.shape[3]))
 
 
-@torch.library.custom_op("recsys_kernels::jagged_jagged_bmm", mutates_args=())
+@operator("jagged_jagged_bmm")
 def _jagged_bmm_op(x: Tensor, y: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
     return launch_jagged_bmm(readable(x), readable(y), offsets.contiguous(), max_seqlen, precision).to(x.dtype)
 
@@ -221,7 +221,7 @@ _jagged_bmm_op.register_autograd(_jagged_bmm_backward, setup_context=_save_bmm)
 # Jagged x jagged^T, and scores x jagged
 
 
-@torch.library.custom_op("recsys_kernels::jagged_scores", mutates_args=())
+@operator("jagged_scores")
 def _scores_op(
     q: Tensor,
     k: Tensor,
@@ -242,7 +242,7 @@ def _scores_fake(
     return q.new_empty((q.shape[1], total))
 
 
-@torch.library.custom_op("recsys_kernels::jagged_weighted_sum", mutates_args=())
+@operator("jagged_weighted_sum")
 def _weighted_sum_op(
     weights: Tensor,
     x: Tensor,

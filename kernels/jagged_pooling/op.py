@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.jagged.checks import check_operands
 from kernels.jagged.launch import MAX_ROW_STRIDE, readable, require_triton
+from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged_pooling.pool import launch_pool, launch_pool_backward
@@ -46,7 +47,7 @@ def jagged_pool(x: Tensor, schedule: Schedule, mode: str = "sum") -> Tensor:
     return out
 
 
-@torch.library.custom_op("recsys_kernels::jagged_pool", mutates_args=())
+@operator("jagged_pool")
 def _pool_op(x: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, mode: str) -> tuple[Tensor, Tensor]:
     out, first = launch_pool(readable(x), offsets.contiguous(), max_seqlen, mode)
     return out.to(x.dtype), first
@@ -58,7 +59,7 @@ def _pool_fake(x: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, mode:
     return x.new_empty((num_users, C)), x.new_empty((num_users if mode == "max" else 0, C), dtype=torch.int32)
 
 
-@torch.library.custom_op("recsys_kernels::jagged_pool_backward", mutates_args=())
+@operator("jagged_pool_backward")
 def _pool_backward_op(dout: Tensor, first: Tensor, tiles: Tensor, total: int, mode: str) -> Tensor:
     return launch_pool_backward(readable(dout), first, tiles, total, mode).to(dout.dtype)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels.jagged.checks import check_offsets, check_operands, checks_values
 from kernels.jagged.launch import interpretable, readable, require_triton
+from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import ScoreLayout
 from kernels.jagged_softmax.columns import launch_softmax, launch_softmax_backward
@@ -97,7 +97,7 @@ def _factor(scale: float, temperature: float) -> float:
 # Over tokens
 
 
-@torch.library.custom_op("recsys_kernels::jagged_softmax", mutates_args=())
+@operator("jagged_softmax")
 def _softmax_op(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float, check_values: bool) -> Tensor:
     # Here, because under torch.compile the tensors are real only here.
     if check_values and checks_values(offsets.device):
@@ -105,7 +105,7 @@ def _softmax_op(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float, check
     return launch_softmax(readable(x), offsets.contiguous(), max_seqlen, scale).to(x.dtype)
 
 
-@torch.library.custom_op("recsys_kernels::jagged_softmax_backward", mutates_args=())
+@operator("jagged_softmax_backward")
 def _softmax_backward_op(y: Tensor, dy: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
     y_readable = interpretable(y).contiguous()
     return launch_softmax_backward(y_readable, readable(dy), offsets.contiguous(), max_seqlen, scale).to(y.dtype)
@@ -137,7 +137,7 @@ _softmax_op.register_autograd(_softmax_gradient, setup_context=_save_softmax)
 # Over rows of scores
 
 
-@torch.library.custom_op("recsys_kernels::jagged_score_softmax", mutates_args=())
+@operator("jagged_score_softmax")
 def _score_softmax_op(
     scores: Tensor,
     query_tiles: Tensor,
@@ -153,7 +153,7 @@ def _score_softmax_op(
     )
 
 
-@torch.library.custom_op("recsys_kernels::jagged_score_softmax_backward", mutates_args=())
+@operator("jagged_score_softmax_backward")
 def _score_softmax_backward_op(
     probabilities: Tensor,
     dout: Tensor,

@@ -260,13 +260,13 @@ def test_operators_are_registered_right(kernel_device: torch.device) -> None:
     x, y, z = (draw(n, 5, device=kernel_device).requires_grad_() for n in (12, 6, 18))
     tiles = [schedule.query_tiles([BLOCK], causal=False)[0] for schedule in (own, other)]
     offsets = own.queries[0], other.queries[0]
-    torch.library.opcheck(op._concat_op, (x, y, *tiles, *offsets))
-    torch.library.opcheck(op._split_op, (z, *tiles, *offsets, 12, 6))
+    torch.library.opcheck(op._concat_op.op, (x, y, *tiles, *offsets))
+    torch.library.opcheck(op._split_op.op, (z, *tiles, *offsets, 12, 6))
     last = torch.tensor([0, 2, 2, 4], device=kernel_device)
     (last_tiles,) = Schedule(last, 4, 2).query_tiles([BLOCK], causal=False)
     where = (last_tiles, tiles[0], last, offsets[0], 2)
-    torch.library.opcheck(op._last_op, (x, *where, 4))
-    torch.library.opcheck(op._last_backward_op, (draw(4, 5, device=kernel_device).requires_grad_(), *where, 12))
+    torch.library.opcheck(op._last_op.op, (x, *where, 4))
+    torch.library.opcheck(op._last_backward_op.op, (draw(4, 5, device=kernel_device).requires_grad_(), *where, 12))
 
 
 def there_and_back(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, longest: int, total: int) -> Any:

@@ -495,7 +495,7 @@ def test_operators_are_registered_right(kernel_device: torch.device) -> None:
         arguments = (x, x, dense, tiles, offsets, seed, 9, "mul", "silu", 0.2, *needs)
         checks.append((op._dense_backward_op, arguments))
     for operator, arguments in checks:
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.op, arguments)
 
 
 def all_of_it(x: Tensor, dense: Tensor, offsets: Tensor, max_seqlen: int) -> Tensor:

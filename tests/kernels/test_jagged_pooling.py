@@ -187,9 +187,9 @@ def test_operators_are_registered_right(mode: str, kernel_device: torch.device) 
     schedule = schedule_of([5, 0, 3], kernel_device)
     (tiles,) = schedule.query_tiles([BLOCK], causal=False)
     x, dout = draw(8, 4, device=kernel_device), draw(3, 4, device=kernel_device, seed=1)
-    torch.library.opcheck(op._pool_op, (x.clone().requires_grad_(), tiles, schedule.queries[0], 5, mode))
+    torch.library.opcheck(op._pool_op.op, (x.clone().requires_grad_(), tiles, schedule.queries[0], 5, mode))
     _, first = op._pool_op(x, tiles, schedule.queries[0], 5, mode)
-    torch.library.opcheck(op._pool_backward_op, (dout, first, tiles, 8, mode))
+    torch.library.opcheck(op._pool_backward_op.op, (dout, first, tiles, 8, mode))
 
 
 def pooled(x: Tensor, offsets: Tensor, max_seqlen: int) -> Tensor:
