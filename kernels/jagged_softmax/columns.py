@@ -20,6 +20,13 @@ MAX_COLUMNS = 64  # of a program
 BLOCK_SIZE = 4096  # elements that a program has at once
 
 
+@triton.jit  # pragma: no cover
+def load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr):
+    """Rows in base 2, (BL, BC) float32; -inf past the user's end."""
+    b_x = load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC).to(tl.float32) * scale_log2
+    return tl.where(i_l + tl.arange(0, BL)[:, None] < n, b_x, float("-inf"))
+
+
 @triton.jit(do_not_specialize=["total", "max_seqlen", "scale_log2"])  # pragma: no cover
 def jagged_softmax_kernel(
     p_x,  # (L, C)
@@ -33,26 +40,31 @@ def jagged_softmax_kernel(
     BL: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """BC columns of one user."""
+    """BC columns of one user, whose rows are read once if they fit into a block, else twice."""
     start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
     i_c = tl.program_id(1) * BC
     p_x += start.to(tl.int64) * stride_x
     p_y += start.to(tl.int64) * C
-    m_row = tl.arange(0, BL)[:, None]
-    b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BC], dtype=tl.float32)
-    for i_l in range(0, n, BL):
-        b_x = load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC).to(tl.float32) * scale_log2
-        b_x = tl.where(i_l + m_row < n, b_x, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
-        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_x - b_shift[None, :]), 0)
-        b_max = b_new_max
-    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-    for i_l in range(0, n, BL):
-        b_x = load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC).to(tl.float32) * scale_log2
-        store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, n, C, i_c, C, BL, BC)
+    if n <= BL:
+        b_x = load_scaled(p_x, 0, n, stride_x, i_c, scale_log2, C, BL, BC)
+        b_max = tl.max(b_x, 0)
+        b_p = tl.exp2(b_x - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
+        b_sum = tl.sum(b_p, 0)
+        store_columns(p_y, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[None, :], 0, n, C, i_c, C, BL, BC)
+    else:
+        b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BC], dtype=tl.float32)
+        for i_l in range(0, n, BL):
+            b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
+            b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
+            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+            b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_x - b_shift[None, :]), 0)
+            b_max = b_new_max
+        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+        for i_l in range(0, n, BL):
+            b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
+            store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, n, C, i_c, C, BL, BC)
 
 
 @triton.jit(do_not_specialize=["total", "max_seqlen", "scale"])  # pragma: no cover
@@ -75,14 +87,20 @@ def jagged_softmax_backward_kernel(
     p_y += start.to(tl.int64) * C
     p_dy += start.to(tl.int64) * stride_dy
     p_dx += start.to(tl.int64) * C
-    b_delta = tl.zeros([BC], dtype=tl.float32)
-    for i_l in range(0, n, BL):
-        b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
-        b_delta += tl.sum(b_y * load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32), 0)
-    for i_l in range(0, n, BL):
-        b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
-        b_dy = load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
-        store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, i_l, n, C, i_c, C, BL, BC)
+    if n <= BL:
+        b_y = load_columns(p_y, 0, n, C, i_c, C, BL, BC).to(tl.float32)
+        b_dy = load_columns(p_dy, 0, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
+        b_delta = tl.sum(b_y * b_dy, 0)
+        store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, 0, n, C, i_c, C, BL, BC)
+    else:
+        b_delta = tl.zeros([BC], dtype=tl.float32)
+        for i_l in range(0, n, BL):
+            b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
+            b_delta += tl.sum(b_y * load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32), 0)
+        for i_l in range(0, n, BL):
+            b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
+            b_dy = load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
+            store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, i_l, n, C, i_c, C, BL, BC)
 
 
 launch_kernel = Launcher(jagged_softmax_kernel, "num_warps")

@@ -25,7 +25,7 @@ def jagged_softmax(x: Tensor, schedule: Schedule, *, scale: float = 1.0, tempera
         temperature: above 0; a higher one makes the weights more alike.
 
     Returns:
-        `(L, ...)`, contiguous, in the dtype of x; computed in float32.
+        `(L, ...)`, contiguous, in the dtype of x; computed in float32. Zero where all of a user's tokens are -inf.
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that don't fit.
@@ -65,7 +65,7 @@ def jagged_score_softmax(
         temperature: above 0; a higher one makes the weights more alike.
 
     Returns:
-        `(H, T)`, contiguous, in the dtype of the scores; computed in float32.
+        `(H, T)`, contiguous, in the dtype of the scores; computed in float32. Zero where all that a query sees is -inf.
 
     Raises:
         As `jagged_softmax`.

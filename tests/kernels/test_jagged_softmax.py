@@ -84,6 +84,23 @@ def test_dtypes(columns: int, dtype: torch.dtype, kernel_device: torch.device) -
     check_rows(Users((7, 40, 0, 1)), kernel_device, dtype, H=2, causal=True, window=None, scale=2.0)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,)])
+def test_users_longer_than_a_block(lengths: tuple[int, ...], kernel_device: torch.device) -> None:
+    """Read twice: more rows than a block of 64 columns has, more keys than one of scores."""
+    check_columns(Users(lengths), kernel_device, torch.float32, columns=64, scale=1.5)
+    check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=False, window=None, scale=1.5)
+    check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=True, window=40, scale=1.5)
+
+
+def test_what_is_minus_infinity_everywhere_gives_zero(kernel_device: torch.device) -> None:
+    users = Users((150, 3)).on_device(kernel_device)
+    x = torch.full((users.total, 64), float("-inf"), device=kernel_device)
+    assert not jagged_softmax(x, users.schedule(kernel_device)).any()
+    scores = torch.full((1, users.layout(kernel_device).total), float("-inf"), device=kernel_device)
+    assert not jagged_score_softmax(scores, users.layout(kernel_device)).any()
+
+
 def random_case(seed: int) -> tuple[Users, torch.dtype, dict[str, Any]]:
     generator = random.Random(seed)
     draw = generator.randint
