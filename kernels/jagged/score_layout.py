@@ -95,8 +95,9 @@ def count_scores(query_lengths: Sequence[int] | Tensor, key_lengths: Sequence[in
     Raises:
         ValueError: numbers of users that differ.
     """
-    queries = torch.as_tensor(query_lengths, dtype=torch.int64)
-    keys = queries if key_lengths is None else torch.as_tensor(key_lengths, dtype=torch.int64)
-    if queries.shape != keys.shape:
-        raise ValueError(f"{queries.numel()} users have query lengths, {keys.numel()} have key lengths")
-    return int((queries * keys).sum())
+    keys = query_lengths if key_lengths is None else key_lengths
+    if len(query_lengths) != len(keys):
+        raise ValueError(f"{len(query_lengths)} users have query lengths, {len(keys)} have key lengths")
+    if isinstance(query_lengths, Tensor) and isinstance(keys, Tensor):
+        return int((query_lengths.long() * keys.long()).sum())
+    return sum(int(m) * int(n) for m, n in zip(query_lengths, keys, strict=True))
