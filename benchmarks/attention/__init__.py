@@ -6,5 +6,6 @@
     python -m benchmarks.attention --device cpu --shapes tiny
 
 `shapes.py` has the batches and what they cost at least, `providers.py` the kernels, `../timing.py` says how time and
-memory are taken, `accuracy.py` how results are judged, `rows.py` what the columns are.
+memory are taken, `accuracy.py` how results are judged, `rows.py` what the columns are,
+`../rows.py` what rows of all comparisons share.
 """

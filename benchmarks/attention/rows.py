@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.attention.providers import PROVIDERS
+from benchmarks.rows import ABSENT, OK, Row, cell, milliseconds
 from recsys.tables import format_table
-
-Row = dict[str, Any]
 
 SHAPE = (
     "shape",
@@ -49,15 +47,6 @@ FIGURES = (
 ENVIRONMENT = ("device", "torch", "triton", "cuda", "fbgemm", "flash_attn", "git_commit", "command")
 COLUMNS = (*SHAPE, "dtype", "mode", "provider", *FIGURES, *ENVIRONMENT)
 
-OK = "ok"
-INACCURATE = "inaccurate"
-"""Timed, but its result is further from the reference than its dtype explains; no peer to be compared with."""
-
-ABSENT = "absent"
-UNSUPPORTED = "unsupported"
-OUT_OF_MEMORY = "out of memory"
-FAILED = "failed"
-
 
 def fill_ratios(rows: Sequence[Row]) -> None:
     """Set `ratio_to_best_peer` in the rows of one shape and mode.
@@ -96,28 +85,16 @@ def table(rows: Sequence[Row], mode: str) -> str:
         by_provider = {row["provider"]: row for row in rows if row["shape"] == shape}
         best = best_peer(list(by_provider.values()))
         floor = next((row["floor_ms"] for row in by_provider.values()), None)
-        line = [shape, _cell(floor, ".3f"), *(_milliseconds(by_provider.get(name)) for name in providers)]
+        line = [shape, cell(floor, ".3f"), *(milliseconds(by_provider.get(name)) for name in providers)]
         line.append(best["provider"] if best else "-")
         for name in ours:
             row = by_provider.get(name, {})
             line += [
-                _cell(row.get("ratio_to_best_peer"), ".2f"),
-                _cell(row.get("fraction_of_floor"), ".0%"),
-                _cell(row.get("peak_mib"), ",.0f"),
+                cell(row.get("ratio_to_best_peer"), ".2f"),
+                cell(row.get("fraction_of_floor"), ".0%"),
+                cell(row.get("peak_mib"), ",.0f"),
             ]
-        line.append(_cell(best["peak_mib"] if best else None, ",.0f"))
+        line.append(cell(best["peak_mib"] if best else None, ",.0f"))
         lines.append(line)
     to_the_right = [name not in ("shape", "best peer") for name in header]
     return format_table(header, lines, to_the_right)
-
-
-def _milliseconds(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    if row.get("device_ms") is None:
-        return str(row["status"])
-    return f"{row['device_ms']:.3f}" + ("!" if row["status"] == INACCURATE else "")
-
-
-def _cell(value: float | None, pattern: str) -> str:
-    return "-" if value is None else format(value, pattern)

@@ -18,23 +18,20 @@ from benchmarks.attention import plots, rows
 from benchmarks.attention.accuracy import Reference
 from benchmarks.attention.calls import calls_of, copies_past_cache, run_once
 from benchmarks.attention.providers import PROVIDERS, Provider, flash_attention_version
-from benchmarks.attention.rows import Row
 from benchmarks.attention.shapes import (
     DEFAULT_SHAPES,
-    ROOF_GPU,
     SHAPES,
     Batch,
     Inputs,
     Shape,
-    Work,
-    parse_shape,
     work_of,
 )
 from benchmarks.csv_file import append_rows, check_columns
+from benchmarks.options import DTYPES, names_of, shape_of
+from benchmarks.rows import ABSENT, INACCURATE, OK, UNSUPPORTED, Row, failure, line, timing_figures, work_figures
 from benchmarks.timing import MODES, Ready, Timing, prepare, time_in_turns
 from recsys.versions import environment
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POISONED_BLOCKS = 8  # as many tensors as a forward and backward allocate
 
 
@@ -59,18 +56,18 @@ def parse_options(arguments: Sequence[str]) -> Options:
         prog="python -m benchmarks.attention",
         description="Time, memory and accuracy of attention kernels on jagged batches.",
     )
-    parser.add_argument("--shapes", type=_names, help=f"names of {', '.join(SHAPES)}; default: all but tiny")
+    parser.add_argument("--shapes", type=names_of, help=f"names of {', '.join(SHAPES)}; default: all but tiny")
     parser.add_argument(
         "--shape",
-        type=_shape,
+        type=shape_of,
         action="append",
         default=[],
         metavar="KEY=VALUE,...",
         help="another shape, e.g. name=X,users=64,heads=4,head_dim=64,mean=300,max=2048,causal=true; also "
         "kv_heads, window, targets",
     )
-    parser.add_argument("--providers", type=_names, default=list(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
-    parser.add_argument("--modes", type=_names, default=list(MODES), help=f"of {', '.join(MODES)}")
+    parser.add_argument("--providers", type=names_of, default=list(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
+    parser.add_argument("--modes", type=names_of, default=list(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=21, help="turns of each provider, of which the median counts")
@@ -106,17 +103,6 @@ def parse_options(arguments: Sequence[str]) -> Options:
     )
 
 
-def _shape(text: str) -> Shape:
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None  # argparse hides what a ValueError says
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def run_benchmark(options: Options) -> list[Row]:
     """Measure everything, print a table per mode, and keep rows and plots where the options say.
 
@@ -143,8 +129,8 @@ def run_benchmark(options: Options) -> list[Row]:
             measured = _measure(options, absent, batch, inputs, reference, mode)
             for row, figures in zip(group, measured, strict=True):
                 row |= figures
-                if row["status"] != rows.ABSENT:
-                    print(_line(row), flush=True)
+                if row["status"] != ABSENT:
+                    print(line(row, "shape", "mode", "provider"), flush=True)
             gc.collect()
             if options.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -170,15 +156,8 @@ def _described(batch: Batch, mode: str, provider: str) -> Row:
         "dtype": str(batch.dtype).removeprefix("torch."),
         "mode": mode,
         "provider": provider,
-        "gflop": round(work.flop / 1e9, 3),
-        "mb": round(work.num_bytes / 1e6, 3),
-        "floor_ms": round(work.floor_ms, 5) if _has_floor(batch.device) else None,
+        **work_figures(work, batch.device),
     }
-
-
-def _has_floor(device: torch.device) -> bool:
-    """The floor's constants were measured on one kind of GPU, and say nothing of others."""
-    return device.type == "cuda" and ROOF_GPU in torch.cuda.get_device_name(device)
 
 
 class Prepared(NamedTuple):
@@ -206,9 +185,9 @@ def _measure(
     for row, ready in prepared:
         timing = next(turns) if isinstance(ready, Ready) else ready
         if isinstance(timing, Timing):
-            row = {**row, **_figures(timing, work_of(batch, mode), _has_floor(batch.device))}
+            row = {**row, **timing_figures(timing, work_of(batch, mode), batch.device)}
         elif timing is not None:
-            row = _failure(timing)
+            row = failure(timing)
         measured.append(row)
     return measured
 
@@ -224,25 +203,17 @@ def _prepare(
     pool: Any,
 ) -> Prepared:
     if absent is not None:
-        return Prepared({"status": rows.ABSENT, "reason": absent})
+        return Prepared({"status": ABSENT, "reason": absent})
     refused = provider.refuses(batch)
     if refused is not None:
-        return Prepared({"status": rows.UNSUPPORTED, "reason": refused})
+        return Prepared({"status": UNSUPPORTED, "reason": refused})
     try:
         return _check(provider, batch, inputs, reference, mode, repeats, pool)
     except Exception as error:  # a peer's own bug must not end the comparison
-        return Prepared(_failure(error))
+        return Prepared(failure(error))
     finally:
         if batch.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _failure(error: Exception) -> Row:
-    if isinstance(error, torch.OutOfMemoryError):
-        return {"status": rows.OUT_OF_MEMORY, "reason": _short(error)}
-    if isinstance(error, ValueError | NotImplementedError):
-        return {"status": rows.UNSUPPORTED, "reason": _short(error)}
-    return {"status": rows.FAILED, "reason": f"{type(error).__name__}: {_short(error)}"}
 
 
 def _check(
@@ -265,7 +236,7 @@ def _check(
 
     accurate = errors.relative <= 1.0
     row = {
-        "status": rows.OK if accurate else rows.INACCURATE,
+        "status": OK if accurate else INACCURATE,
         "reason": "" if accurate else f"the error is {errors.relative:.2g} times what {batch.dtype} explains",
         **{f"error_{name}": float(f"{error:.4g}") for name, error in errors.greatest.items()},
         "relative_error": float(f"{errors.relative:.3g}"),
@@ -274,36 +245,12 @@ def _check(
     return Prepared(row, prepare(calls_of(attention, converted, mode), batch.device, repeats, pool))
 
 
-def _figures(timing: Timing, work: Work, has_floor: bool) -> Row:
-    return {
-        "method": timing.method,
-        "device_ms": round(timing.device_ms, 5),
-        "call_ms": round(timing.call_ms, 5),
-        "peak_mib": None if timing.peak_mib is None else round(timing.peak_mib, 3),
-        "tflop_per_s": round(work.flop / timing.device_ms / 1e9, 3),
-        "gb_per_s": round(work.num_bytes / timing.device_ms / 1e6, 2),
-        "fraction_of_floor": round(work.floor_ms / timing.device_ms, 4) if has_floor else None,
-    }
-
-
 def _poison_free_memory(batch: Batch) -> None:
     """Leave NaN in the memory that the next call gets, so that a row that it doesn't write can't pass for right."""
     shape = batch.shape
     size = (batch.total, shape.heads, shape.head_dim)
     blocks = [torch.full(size, float("nan"), dtype=batch.dtype, device=batch.device) for _ in range(POISONED_BLOCKS)]
     del blocks
-
-
-def _short(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _line(row: Row) -> str:
-    name = f"{row['shape']}, {row['mode']}, {row['provider']}"
-    if row.get("device_ms") is None:
-        return f"{name}: {row['status']}: {row['reason']}"
-    note = "" if row["status"] == rows.OK else f", {row['status']}: {row['reason']}"
-    return f"{name}: {row['device_ms']:.4f} ms ({row['method']}), {row['call_ms']:.4f} ms a call{note}"
 
 
 def _draw(everything: Sequence[Row], folder: Path) -> None:

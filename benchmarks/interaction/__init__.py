@@ -5,5 +5,5 @@
     TRITON_INTERPRET=1 python -m benchmarks.interaction --device cpu --shapes tiny
 
 `operations.py` has the operations, what they cost at least and who does them; shapes are those of the attention bench,
-`../timing.py` says how time and memory are taken.
+`../timing.py` says how time and memory are taken, `../rows.py` how a provider fared.
 """

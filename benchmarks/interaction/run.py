@@ -16,17 +16,29 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, ROW_LIMIT
-from benchmarks.attention.rows import ABSENT, FAILED, INACCURATE, OK, OUT_OF_MEMORY, UNSUPPORTED, Row
-from benchmarks.attention.shapes import INPUTS_SEED, ROOF_GPU, SHAPES, Batch, Shape, parse_shape
+from benchmarks.attention.shapes import INPUTS_SEED, SHAPES, Batch, Shape
 from benchmarks.csv_file import append_rows, check_columns
 from benchmarks.interaction.layouts import Layouts
 from benchmarks.interaction.operations import OPERATIONS, OURS, PADDED, PROVIDERS, Operation, Provider
+from benchmarks.options import DTYPES, names_of, shape_of
+from benchmarks.rows import (
+    ABSENT,
+    INACCURATE,
+    OK,
+    UNSUPPORTED,
+    Row,
+    cell,
+    failure,
+    line,
+    milliseconds,
+    timing_figures,
+    work_figures,
+)  # fmt: skip
 from benchmarks.timing import MODES, Calls, Ready, Timing, prepare, sets_past_cache, time_in_turns
 from kernels.jagged import unavailable_reason
 from recsys.tables import format_table
 from recsys.versions import environment
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GIGABYTE = Shape("G1", users=8192, heads=4, head_dim=64, mean=128, max=512)
 """About a gigabyte of traffic where rows are read and written once."""
 
@@ -63,13 +75,13 @@ def parse_options(arguments: Sequence[str]) -> Options:
         prog="python -m benchmarks.interaction",
         description="Time, memory and accuracy of the building blocks of interactions on jagged batches.",
     )
-    parser.add_argument("--operations", type=_names, default=list(OPERATIONS), help=f"of {', '.join(OPERATIONS)}")
-    parser.add_argument("--shapes", type=_names, help=f"names of {', '.join(ALL_SHAPES)}")
+    parser.add_argument("--operations", type=names_of, default=list(OPERATIONS), help=f"of {', '.join(OPERATIONS)}")
+    parser.add_argument("--shapes", type=names_of, help=f"names of {', '.join(ALL_SHAPES)}")
     parser.add_argument(
-        "--shape", type=_shape, action="append", default=[], metavar="KEY=VALUE,...", help="another, as for attention"
+        "--shape", type=shape_of, action="append", default=[], metavar="KEY=VALUE,...", help="another, as for attention"
     )
-    parser.add_argument("--providers", type=_names, default=list(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
-    parser.add_argument("--modes", type=_names, default=list(MODES), help=f"of {', '.join(MODES)}")
+    parser.add_argument("--providers", type=names_of, default=list(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
+    parser.add_argument("--modes", type=names_of, default=list(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=21, help="turns of each provider, of which the median counts")
@@ -105,17 +117,6 @@ def parse_options(arguments: Sequence[str]) -> Options:
     )  # fmt: skip
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _shape(text: str) -> Shape:
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None  # argparse hides what a ValueError says
-
-
 def run_benchmark(options: Options) -> list[Row]:
     """Measure everything, print a table per mode, and keep rows where the options say.
 
@@ -136,7 +137,7 @@ def run_benchmark(options: Options) -> list[Row]:
                 group = [{**_described(operation, mode, name), **known_columns} for name in options.providers]
                 for row, figures in zip(group, _measure(options, operation, mode), strict=True):
                     row |= figures
-                    print(_line(row), flush=True)
+                    print(line(row, "operation", "shape", "mode", "provider"), flush=True)
                 _fill_ratios(group)
                 everything += group
                 if options.output is not None:
@@ -162,14 +163,8 @@ def _described(operation: Operation, mode: str, provider: str) -> Row:
         "dtype": str(batch.dtype).removeprefix("torch."),
         "mode": mode,
         "provider": provider,
-        "gflop": round(work.flop / 1e9, 3),
-        "mb": round(work.num_bytes / 1e6, 3),
-        "floor_ms": round(work.floor_ms, 5) if _has_floor(batch.device) else None,
+        **work_figures(work, batch.device),
     }
-
-
-def _has_floor(device: torch.device) -> bool:
-    return device.type == "cuda" and ROOF_GPU in torch.cuda.get_device_name(device)
 
 
 class Set(NamedTuple):
@@ -196,7 +191,7 @@ def _measure(options: Options, operation: Operation, mode: str) -> list[Row]:
         exact = _results(operation.reference, [x.float() for x in sets[0].operands], sets[0].dout.float(), mode)
         known = operation.providers()
     except torch.OutOfMemoryError as error:  # a shape too large for this GPU must not end the comparison
-        return [_failure(error) for _ in options.providers]
+        return [failure(error) for _ in options.providers]
     pool = torch.cuda.graph_pool_handle() if batch.device.type == "cuda" else None
     prepared: list[tuple[Row, Ready | Timing | None]] = []
     for name in options.providers:
@@ -212,7 +207,7 @@ def _measure(options: Options, operation: Operation, mode: str) -> list[Row]:
         try:
             prepared.append(_prepare(operation, known[name], sets, exact, mode, options.repeats, pool))
         except Exception as error:  # a peer's own bug must not end the comparison
-            prepared.append((_failure(error), None))
+            prepared.append((failure(error), None))
         if batch.device.type == "cuda":
             torch.cuda.empty_cache()
     turns = iter(time_in_turns([ready for _, ready in prepared if isinstance(ready, Ready)], options.repeats))
@@ -220,9 +215,9 @@ def _measure(options: Options, operation: Operation, mode: str) -> list[Row]:
     for row, ready in prepared:
         timing = next(turns) if isinstance(ready, Ready) else ready
         if isinstance(timing, Timing):
-            row = {**row, **_figures(timing, operation, mode)}
+            row = {**row, **timing_figures(timing, operation.work(mode), batch.device)}
         elif timing is not None:
-            row = _failure(timing)
+            row = failure(timing)
         measured.append(row)
     return measured
 
@@ -281,30 +276,6 @@ def _prepare(
     return row, prepare(make_calls, device, repeats, pool)
 
 
-def _failure(error: Exception) -> Row:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    if isinstance(error, torch.OutOfMemoryError):
-        return {"status": OUT_OF_MEMORY, "reason": reason}
-    if isinstance(error, ValueError | NotImplementedError):
-        return {"status": UNSUPPORTED, "reason": reason}
-    return {"status": FAILED, "reason": f"{type(error).__name__}: {reason}"}
-
-
-def _figures(timing: Timing, operation: Operation, mode: str) -> Row:
-    work = operation.work(mode)
-    return {
-        "method": timing.method,
-        "device_ms": round(timing.device_ms, 5),
-        "call_ms": round(timing.call_ms, 5),
-        "peak_mib": None if timing.peak_mib is None else round(timing.peak_mib, 3),
-        "tflop_per_s": round(work.flop / timing.device_ms / 1e9, 3),
-        "gb_per_s": round(work.num_bytes / timing.device_ms / 1e6, 2),
-        "fraction_of_floor": (
-            round(work.floor_ms / timing.device_ms, 4) if _has_floor(operation.batch.device) else None
-        ),
-    }
-
-
 def _fill_ratios(rows: Sequence[Row]) -> None:
     """How many times faster a row is than the fastest accurate peer, and than the padded one."""
     timed = [row for row in rows if row.get("device_ms") is not None]
@@ -328,34 +299,16 @@ def table(rows: Sequence[Row], mode: str) -> str:
             ratios.append(ours["ratio_to_best_peer"])
         floor = next(iter(of.values())).get("floor_ms")
         lines.append([
-            operation, shape, _cell(floor, ".3f"), *(_milliseconds(of.get(name, {})) for name in providers),
-            _cell(ours.get("ratio_to_best_peer"), ".2f"), _cell(ours.get("ratio_to_padded"), ".2f"),
-            _cell(ours.get("fraction_of_floor"), ".0%"), _cell(ours.get("peak_mib"), ",.0f"),
-            _cell(padded.get("peak_mib"), ",.0f"),
+            operation, shape, cell(floor, ".3f"), *(milliseconds(of.get(name)) for name in providers),
+            cell(ours.get("ratio_to_best_peer"), ".2f"), cell(ours.get("ratio_to_padded"), ".2f"),
+            cell(ours.get("fraction_of_floor"), ".0%"), cell(ours.get("peak_mib"), ",.0f"),
+            cell(padded.get("peak_mib"), ",.0f"),
         ])  # fmt: skip
     text = format_table(header, lines, [name not in ("operation", "shape") for name in header])
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         text += f"\npeer/ours, geometric mean: {mean:.2f}"
     return text
-
-
-def _milliseconds(row: Row) -> str:
-    if row.get("device_ms") is None:
-        return str(row.get("status", "-"))
-    return f"{row['device_ms']:.3f}" + ("!" if row["status"] == INACCURATE else "")
-
-
-def _cell(value: float | None, pattern: str) -> str:
-    return "-" if value is None else format(value, pattern)
-
-
-def _line(row: Row) -> str:
-    name = f"{row['operation']}, {row['shape']}, {row['mode']}, {row['provider']}"
-    if row.get("device_ms") is None:
-        return f"{name}: {row['status']}: {row['reason']}"
-    note = "" if row["status"] == OK else f", {row['status']}: {row['reason']}"
-    return f"{name}: {row['device_ms']:.4f} ms ({row['method']}), {row['call_ms']:.4f} ms a call{note}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,6 +29,35 @@ def check_operands(tensors: dict[str, Tensor], index_vectors: tuple[str, ...]) -
         raise ValueError(f"operands must share one dtype of {', '.join(map(str, DTYPES))}; got {got}")
 
 
+def check_rows(name: str, x: Tensor, rows: int) -> None:
+    """That a tensor has the rows of the schedule; ValueError."""
+    if x.shape[0] != rows:
+        raise ValueError(f"{name} has {x.shape[0]} rows, the schedule says {rows}: they must be equal")
+
+
+def check_precision(precision: str) -> None:
+    """ValueError that says what is allowed."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_option(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    """ValueError that says what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    """A probability, and the seed of what is dropped; ValueError."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != device):
+        raise ValueError(
+            f"seed must be one int64 of shape (1,) on {device}, "
+            f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+        )
+
+
 def check_index_vector(name: str, tensor: Tensor) -> None:
     """That it can be offsets or numbers of tokens; ValueError."""
     if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # while the modules with the kernels are being imported. Setting the variable later has no effect.
 INTERPRETED: bool = knobs.runtime.interpret
 
+LOG2_E = math.log2(math.e)
 MAX_GRID = 2**31 - 1  # of the x dimension; y and z end at 65,535, which batch x heads would pass
 MAX_ROW_STRIDE = 2**23  # elements: a tile of up to 256 rows is then addressed with int32
 MAX_INT32 = 2**31 - 1

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.jagged.checks import check_operands, checks_values
+from kernels.jagged.checks import check_dropout, check_operands, check_option, checks_values
 from kernels.jagged.launch import is_traced, readable, require_triton
 from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK
-from kernels.jagged_elementwise.checks import check_option, check_rows
+from kernels.jagged_elementwise.checks import check_matrix
 from kernels.jagged_elementwise.dense import launch_dense_elementwise, launch_dense_elementwise_backward
 from kernels.jagged_elementwise.pair import launch_pair
 
@@ -53,7 +53,7 @@ def jagged_dense_elementwise(
         RuntimeError: when the tensors are not on CUDA and Triton isn't interpreting.
     """
     check_operands({"x": x, "dense": dense, "offsets": schedule.queries[0]}, index_vectors=("offsets",))
-    check_rows("x", x, schedule)
+    check_matrix("x", x, schedule)
     if dense.shape != (schedule.num_users, x.shape[1]):
         raise ValueError(
             f"dense must have shape {(schedule.num_users, x.shape[1])}, a row for every user with the columns of x; "
@@ -61,13 +61,7 @@ def jagged_dense_elementwise(
         )
     check_option("op", op, OPS)
     check_option("activation", activation, ACTIVATIONS)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
-    if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device):
-        raise ValueError(
-            f"seed must be one int64 of shape (1,) on {x.device}, "
-            f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
-        )
+    check_dropout(dropout_p, seed, x.device)
     if dropout_p == 0.0:
         seed = None
     elif seed is None:
@@ -124,8 +118,8 @@ def jagged_jagged_elementwise(
         {"x": x, "y": y, "x's offsets": x_offsets, "y's offsets": y_offsets},
         index_vectors=("x's offsets", "y's offsets"),
     )
-    check_rows("x", x, x_schedule)
-    check_rows("y", y, y_schedule)
+    check_matrix("x", x, x_schedule)
+    check_matrix("y", y, y_schedule)
     if x.shape[1] != y.shape[1] or x_schedule.num_users != y_schedule.num_users:
         raise ValueError(
             f"x and y must have the same columns and users; got {x.shape[1]} and {y.shape[1]} columns, "

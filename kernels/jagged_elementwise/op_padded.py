@@ -11,7 +11,7 @@ from kernels.jagged.launch import MAX_ROW_STRIDE, readable, require_triton
 from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
 from kernels.jagged.score_layout import BLOCK
-from kernels.jagged_elementwise.checks import check_rows
+from kernels.jagged_elementwise.checks import check_matrix
 from kernels.jagged_elementwise.padded import launch_to_jagged, launch_to_padded
 
 
@@ -35,7 +35,7 @@ def jagged_to_padded(x: Tensor, schedule: Schedule, max_length: int | None = Non
     The same as `torch.ops.fbgemm.jagged_to_padded_dense`.
     """
     check_operands({"x": x, "offsets": schedule.queries[0]}, index_vectors=("offsets",))
-    check_rows("x", x, schedule)
+    check_matrix("x", x, schedule)
     offsets, _, max_seqlen = schedule.queries
     max_length = max_seqlen if max_length is None else max_length
     if max_length < 0:

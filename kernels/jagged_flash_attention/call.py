@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
-LOG2_E = math.log2(math.e)
+from kernels.jagged.launch import LOG2_E
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from kernels.jagged.checks import DTYPES, PRECISIONS, check_index_vector
+from kernels.jagged.checks import DTYPES, check_index_vector
 
 if TYPE_CHECKING:
     from kernels.jagged.schedule import Schedule
@@ -68,19 +67,6 @@ def check_inputs(
         raise ValueError(f"max_key_seqlen must be at least 0, got {max_key_seqlen}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token (or None for no window), got {window}")
-
-
-def check_options(q: Tensor, dropout_p: float, seed: Tensor | None, precision: str) -> None:
-    """Dropout and precision; ValueError."""
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
-    if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != q.device):
-        raise ValueError(
-            f"seed must be one int64 of shape (1,) on {q.device}, "
-            f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def check_schedule(

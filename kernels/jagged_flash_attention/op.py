@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from kernels.jagged.checks import check_dropout, check_precision
 from kernels.jagged.launch import INTERPRETED, interpretable, is_traced, readable_in_place, require_triton
 from kernels.jagged.schedule import ListSpec, Schedule, make_lists, training_specs
 from kernels.jagged_flash_attention.backward import launch_backward
 from kernels.jagged_flash_attention.call import Call
-from kernels.jagged_flash_attention.checks import check_inputs, check_options, check_schedule
+from kernels.jagged_flash_attention.checks import check_inputs, check_schedule
 from kernels.jagged_flash_attention.forward import empty_lse, launch_forward
 from kernels.jagged_flash_attention.hopper.common import readable_by_tma, supports
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
@@ -95,7 +96,8 @@ def jagged_flash_attention(
     FlashAttention-2 (Dao, 2023), on jagged sequences.
     """
     check_inputs(q, k, v, offsets, max_seqlen, causal, window, num_targets, key_offsets, max_key_seqlen)
-    check_options(q, dropout_p, seed, precision)
+    check_dropout(dropout_p, seed, q.device)
+    check_precision(precision)
     head_dim = q.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     if scale <= 0.0:  # the kernels want a positive one

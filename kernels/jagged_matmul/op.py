@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.jagged.checks import PRECISIONS, check_operands
+from kernels.jagged.checks import check_operands, check_precision, check_rows
 from kernels.jagged.launch import interpretable, readable, require_triton
 from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
@@ -45,13 +45,13 @@ def jagged_dense_bmm(x: Tensor, w: Tensor, schedule: Schedule, *, precision: str
         )
     if not has_heads:
         x, w = x[:, None], w[:, None]
-    _check_rows("x", x, schedule.queries[1])
+    check_rows("x", x, schedule.queries[1])
     if w.shape[:3] != (schedule.num_users, *x.shape[1:]):
         raise ValueError(
             f"w must have a matrix for each of the {schedule.num_users} users and {x.shape[1]} heads, with "
             f"{x.shape[2]} rows as x has columns; got {tuple(w.shape)}"
         )
-    _check_precision(precision)
+    check_precision(precision)
     offsets, _, max_seqlen = schedule.queries
     require_triton(x.device)
     (tiles,) = schedule.query_tiles([BLOCK], causal=False)
@@ -85,8 +85,8 @@ def jagged_jagged_bmm(x: Tensor, y: Tensor, schedule: Schedule, *, precision: st
     has_heads = x.dim() == 3
     if not has_heads:
         x, y = x[:, None], y[:, None]
-    _check_rows("x", x, schedule.queries[1])
-    _check_precision(precision)
+    check_rows("x", x, schedule.queries[1])
+    check_precision(precision)
     offsets, _, max_seqlen = schedule.queries
     require_triton(x.device)
     (tiles,) = schedule.query_tiles([BLOCK], causal=False)
@@ -117,9 +117,9 @@ def jagged_scores(q: Tensor, k: Tensor, layout: ScoreLayout, *, scale: float = 1
             f"q and k must have shapes (L, H, D) and (keys, H, D) with D from 1 to {MAX_HEAD_DIM}; got "
             f"{tuple(q.shape)} and {tuple(k.shape)}"
         )
-    _check_rows("q", q, layout.schedule.queries[1])
-    _check_rows("k", k, layout.schedule.keys[1])
-    _check_precision(precision)
+    check_rows("q", q, layout.schedule.queries[1])
+    check_rows("k", k, layout.schedule.keys[1])
+    check_precision(precision)
     require_triton(q.device)
     return _scores_op(
         q, k, layout.query_tiles(), layout.key_tiles(), layout.offsets, layout.total, float(scale), precision
@@ -153,23 +153,13 @@ def jagged_weighted_sum(
             f"weights must have shape ({v.shape[1]}, {layout.total}), the heads of v and the scores of the layout; got "
             f"{tuple(weights.shape)}"
         )
-    _check_rows("v", v, queries if transposed else keys)
-    _check_precision(precision)
+    check_rows("v", v, queries if transposed else keys)
+    check_precision(precision)
     require_triton(v.device)
     return _weighted_sum_op(
         weights, v, layout.query_tiles(), layout.key_tiles(), layout.offsets, keys if transposed else queries, 1.0,
         transposed, precision,
     )  # fmt: skip
-
-
-def _check_rows(name: str, x: Tensor, rows: int) -> None:
-    if x.shape[0] != rows:
-        raise ValueError(f"{name} has {x.shape[0]} rows, the schedule says {rows}: they must be equal")
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 # Jagged x dense, and jagged^T x jagged

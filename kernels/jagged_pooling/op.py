@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.jagged.checks import check_operands
+from kernels.jagged.checks import check_operands, check_option, check_rows
 from kernels.jagged.launch import MAX_ROW_STRIDE, readable, require_triton
 from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
@@ -37,10 +37,8 @@ def jagged_pool(x: Tensor, schedule: Schedule, mode: str = "sum") -> Tensor:
     check_operands({"x": x, "offsets": offsets}, index_vectors=("offsets",))
     if x.dim() != 2 or x.shape[1] > MAX_ROW_STRIDE:
         raise ValueError(f"x must have shape (L, C) with C up to {MAX_ROW_STRIDE}, got {tuple(x.shape)}")
-    if x.shape[0] != total:
-        raise ValueError(f"x has {x.shape[0]} rows, the schedule says {total}: they must be equal")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    check_rows("x", x, total)
+    check_option("mode", mode, MODES)
     require_triton(x.device)
     (tiles,) = schedule.query_tiles([BLOCK], causal=False)
     out, _ = _pool_op(x, tiles, offsets, max_seqlen, mode)

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged.launch import Launcher, next_power_of_2
+from kernels.jagged.launch import LOG2_E, Launcher, next_power_of_2
 from kernels.jagged.tile_lists import load_user
 from kernels.jagged.tiles import load_columns, store_columns
-from kernels.jagged_softmax.rows import LOG2_E
 
 MAX_COLUMNS = 64  # of a program
 BLOCK_SIZE = 4096  # elements that a program has at once

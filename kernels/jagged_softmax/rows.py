@@ -6,14 +6,12 @@ Names: see kernels/jagged/tiles.py; T scores of all users together, placed as ke
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged.launch import INTERPRETED, Launcher, grid_of
+from kernels.jagged.launch import INTERPRETED, LOG2_E, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
     has_scores,
@@ -25,7 +23,6 @@ from kernels.jagged.tiles import (
     visible_keys,
 )
 
-LOG2_E = math.log2(math.e)
 # Of a block that a program has at once: a row of up to so many keys is read once.
 ROWS, KEYS = (16, 32) if INTERPRETED else (32, 128)
 

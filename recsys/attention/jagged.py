@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.attention.interface import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec, Request
-from recsys.attention.jagged_flash import cross_schedule
+from recsys.attention.jagged_flash import cross_schedule, self_schedule
 
 if TYPE_CHECKING:
     from kernels.jagged.score_layout import ScoreLayout
@@ -53,25 +53,11 @@ class Jagged(AttentionBackend):
         scale: float,
         dropout_p: float,
     ) -> Tensor:
-        from kernels.jagged import Schedule
         from kernels.jagged.score_layout import ScoreLayout
 
         assert layout.total_pairs is not None, "refuses() lets no such layout through"
         total_pairs = layout.total_pairs
-        scores = layout.cached(
-            "score_layout",
-            mask,
-            lambda: ScoreLayout(
-                Schedule(
-                    layout.offsets,
-                    layout.total,
-                    layout.max_seqlen,
-                    num_targets=mask.num_targets,
-                    check_values=True,
-                ),
-                total_pairs,
-            ),
-        )
+        scores = layout.cached("score_layout", mask, lambda: ScoreLayout(self_schedule(layout, mask), total_pairs))
         return _attend(q, k, v, scores, mask, scale, dropout_p)
 
     def attend_across(

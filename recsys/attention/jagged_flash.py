@@ -49,20 +49,8 @@ class JaggedFlash(AttentionBackend):
         scale: float,
         dropout_p: float,
     ) -> Tensor:
-        from kernels.jagged import Schedule
         from kernels.jagged_flash_attention import jagged_flash_attention
 
-        schedule = layout.cached(
-            "jagged_flash_schedule",
-            mask,
-            lambda: Schedule(
-                layout.offsets,
-                layout.total,
-                layout.max_seqlen,
-                num_targets=mask.num_targets,
-                check_values=True,
-            ),
-        )
         return jagged_flash_attention(
             q,
             k,
@@ -74,7 +62,7 @@ class JaggedFlash(AttentionBackend):
             num_targets=mask.num_targets,
             scale=scale,
             dropout_p=dropout_p,
-            schedule=schedule,
+            schedule=self_schedule(layout, mask),
         )
 
     def attend_across(
@@ -93,21 +81,37 @@ class JaggedFlash(AttentionBackend):
             max_key_seqlen=layout.keys.max_seqlen,
             scale=scale,
             dropout_p=dropout_p,
-            schedule=layout.cached("schedule", lambda: cross_schedule(layout)),
+            schedule=cross_schedule(layout),
         )
 
 
+def self_schedule(layout: JaggedLayout, mask: MaskSpec) -> Schedule:
+    """The tiles of self attention, for the kernels; made once per layout and candidates."""
+    from kernels.jagged import Schedule
+
+    return layout.cached(
+        "schedule",
+        mask,
+        lambda: Schedule(
+            layout.offsets, layout.total, layout.max_seqlen, num_targets=mask.num_targets, check_values=True
+        ),
+    )
+
+
 def cross_schedule(layout: CrossLayout) -> Schedule:
-    """The tiles of cross attention, for the kernels."""
+    """The tiles of cross attention, for the kernels; made once per layout."""
     from kernels.jagged import Schedule
 
     queries, keys = layout.queries, layout.keys
-    return Schedule(
-        queries.offsets,
-        queries.total,
-        queries.max_seqlen,
-        key_offsets=keys.offsets,
-        total_keys=keys.total,
-        max_key_seqlen=keys.max_seqlen,
-        check_values=True,
+    return layout.cached(
+        "schedule",
+        lambda: Schedule(
+            queries.offsets,
+            queries.total,
+            queries.max_seqlen,
+            key_offsets=keys.offsets,
+            total_keys=keys.total,
+            max_key_seqlen=keys.max_seqlen,
+            check_values=True,
+        ),
     )

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.attention import plots, providers, rows, run
+from benchmarks import rows
+from benchmarks.attention import plots, providers, run
 from benchmarks.attention.accuracy import Reference, checked_users, user_mask
 from benchmarks.attention.calls import copies_past_cache, run_once
 from benchmarks.attention.providers import PROVIDERS, Provider, flex_block_mask
-from benchmarks.attention.rows import Row, best_peer, fill_ratios, table
+from benchmarks.attention.rows import best_peer, fill_ratios, table
 from benchmarks.attention.run import Options, main, parse_options, run_benchmark
 from benchmarks.attention.shapes import SHAPES, Batch, Inputs, Shape, parse_shape, visible_pairs, work_of
+from benchmarks.rows import Row
 from benchmarks.timing import MODES, Ready, Timing, time_in_turns, turns_in_order
 from kernels.jagged_flash_attention import dense_mask
 from tests.conftest import INTERPRETED
