@@ -100,7 +100,7 @@ def prepare(make_calls: Callable[[], Calls], device: torch.device, repeats: int,
     if _queued_ms(call, repeats=1, calls=1) > SLOW_CALL_MS:
         device_ms = _queued_ms(call, SLOW_REPEATS, calls=1)
         return Timing(device_ms, _call_ms(call, SLOW_QUEUED_CALLS), "queued", peak_mib)
-    replay = _capture_or_none(make_calls(), pool)
+    replay = _capture_or_none(make_calls(), pool) if _fits_again(peak_mib) else None
     call_ms = _call_ms(call, QUEUED_CALLS)
     if replay is not None:
         return Ready(replay, CALLS_PER_REPLAY, "graph", call_ms, peak_mib)
@@ -181,6 +181,13 @@ def _peak_mib(call: Calls) -> float:
     call(0)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _fits_again(peak_mib: float) -> bool:
+    """Whether a graph, which has memory of its own, can have as much as a call needs; a failed capture keeps it."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return free > 1.5 * peak_mib * 2**20
 
 
 def _capture_or_none(call: Calls, pool: Any) -> Callable[[], None] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention.shapes import Batch, Inputs
+from kernels.score_pitch import count_scores
 from recsys.attention import JaggedLayout, MaskSpec, backends
 from recsys.attention.interface import Request
 
@@ -93,7 +94,7 @@ class BackendProvider(Provider):
         self.backend = backends()[self.name]
         self.mask = _mask_spec(batch)
         # A layout of its own: it keeps masks of B x S x S, which must go when this provider does.
-        self.layout = JaggedLayout(batch.offsets, batch.max_seqlen, batch.total, sum(n * n for n in batch.lengths))
+        self.layout = JaggedLayout(batch.offsets, batch.max_seqlen, batch.total, count_scores(batch.lengths))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.backend(q, k, v, self.layout, self.mask)

@@ -12,18 +12,21 @@ from torch import Tensor
 from benchmarks.attention.accuracy import LEAST_ROW_SIZE
 from benchmarks.attention.shapes import Batch
 from kernels.jagged import Schedule
-from kernels.jagged.score_layout import ScoreLayout, count_scores
+from kernels.jagged.score_layout import ScoreLayout
+from kernels.score_pitch import count_scores, row_pitch
 
 
 class Layouts:
     """Where rows and scores of a batch are, ours and padded.
 
-    Letters: `B` users, `L` tokens, `S` tokens of the longest user, `H` heads, `T` scores of a head.
+    Letters: `B` users, `L` tokens, `S` tokens of the longest user, `H` heads, `T` scores of a head, of which `P` are of
+    a query and a key, and the others lie between a row's end and the next one.
     """
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.num_scores = count_scores(batch.lengths)
+        self.num_pairs = sum(n * n for n in batch.lengths)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -67,15 +70,34 @@ class Layouts:
     def unpad_rows(self, x: Tensor) -> Tensor:
         return x[self.is_token]
 
+    @cached_property
+    def is_pair(self) -> Tensor:
+        """`(T,)`"""
+        lengths = torch.tensor(self.batch.lengths, device=self.batch.device)[self.user_of_token]
+        pitches = row_pitch(lengths)
+        row = torch.repeat_interleave(pitches, output_size=self.num_scores)
+        column = torch.arange(self.num_scores, device=row.device) - (pitches.cumsum(0) - pitches)[row]
+        return column < lengths[row]
+
+    def tight(self, x: Tensor) -> Tensor:
+        """`(H, T)` to `(H, P)`, rows right behind each other, as others have them."""
+        return x.detach()[:, self.is_pair]
+
+    def loose(self, x: Tensor) -> Tensor:
+        """And back."""
+        scores = x.new_zeros(x.shape[0], self.num_scores)
+        scores[:, self.is_pair] = x
+        return scores
+
     def pad_scores(self, x: Tensor) -> Tensor:
         """`(H, T)` to `(B, H, S, S)`"""
         is_score = self.is_score
         padded = x.new_zeros((x.shape[0], *is_score.shape))
-        padded[:, is_score] = x.detach()
+        padded[:, is_score] = self.tight(x)
         return padded.transpose(0, 1).contiguous()
 
     def unpad_scores(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1)[:, self.is_score]
+        return self.loose(x.transpose(0, 1)[:, self.is_score])
 
     def worst_error(self, actual: Tensor, exact: Tensor) -> float:
         """Of the rows of a tensor, the worst root mean square error, relative to the size of the exact row.
@@ -98,9 +120,9 @@ class Layouts:
 
     def _mean_by_user(self, x: Tensor) -> Tensor:
         """`(T,)` to `(B,)`"""
-        counts = torch.tensor([n * n for n in self.batch.lengths], device=x.device)
-        user = torch.repeat_interleave(counts, output_size=self.num_scores)
-        return torch.zeros(len(counts), device=x.device).index_add_(0, user, x) / counts
+        lengths = torch.tensor(self.batch.lengths, device=x.device)
+        user = torch.repeat_interleave(lengths * row_pitch(lengths), output_size=self.num_scores)
+        return torch.zeros(len(lengths), device=x.device).index_add_(0, user, x) / lengths.square()
 
     def offsets_of_heads(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For who has no heads: each is taken as users of its own, one head after the other.

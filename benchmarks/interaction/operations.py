@@ -110,6 +110,9 @@ class Operation(ABC):
         """What peers that ask are told: ours multiplies float32 without it."""
         return self.batch.dtype != torch.float32
 
+    on_scores: ClassVar[bool] = False
+    """It reads or writes jagged scores."""
+
     saves_operands: ClassVar[bool] = True
     """The backward reads the operands again."""
 
@@ -118,8 +121,8 @@ class Operation(ABC):
 
     def work(self, mode: str) -> Work:
         """Operands read once and the result written once; a backward reads what it needs and writes gradients."""
-        operands = sum(_size(shape) for shape in self.operand_shapes())
-        result = _size(self.result_shape())
+        operands = sum(self._size(shape) for shape in self.operand_shapes())
+        result = self._size(self.result_shape())
         elements, flop = operands + result, self.flop()
         if mode == "forward_backward":
             elements += result + operands  # the gradient of the result is read, those of the operands are written
@@ -128,9 +131,11 @@ class Operation(ABC):
             flop *= 3
         return Work(flop, elements * self.batch.dtype.itemsize)
 
-
-def _size(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
+    def _size(self, shape: Sequence[int]) -> int:
+        """Elements, of scores those of a query and a key."""
+        if tuple(shape) == (self.shape.heads, self.layouts.num_scores):
+            return self.shape.heads * self.layouts.num_pairs
+        return int(torch.Size(shape).numel())
 
 
 def _padded_rows(layouts: Layouts) -> Convert:
@@ -219,6 +224,7 @@ class JaggedScores(Operation):
     """Of every user queries times keys."""
 
     name = "jagged_scores"
+    on_scores = True
 
     def operand_shapes(self) -> list[tuple[int, ...]]:
         return [(self.batch.total, self.shape.heads, self.shape.head_dim)] * 2
@@ -227,7 +233,7 @@ class JaggedScores(Operation):
         return self.shape.heads, self.layouts.num_scores
 
     def flop(self) -> int:
-        return 2 * self.layouts.num_scores * self.shape.heads * self.shape.head_dim
+        return 2 * self.layouts.num_pairs * self.shape.heads * self.shape.head_dim
 
     def reference(self, *operands: Tensor) -> Tensor:
         q, k = operands
@@ -248,8 +254,8 @@ class JaggedScores(Operation):
                 ),
                 (heads_first, heads_first),
                 (lambda x: heads_inside(x, H),) * 2,
-                lambda x: x.view(H, -1),
-                lambda x: x.reshape(-1),
+                lambda x: layouts.loose(x.view(H, -1)),
+                lambda x: layouts.tight(x).reshape(-1),
                 cuda_only=True,
                 needs="fbgemm_gpu.sll.triton",
             ),
@@ -260,6 +266,7 @@ class JaggedWeightedSum(Operation):
     """Of every user scores times values."""
 
     name = "jagged_weighted_sum"
+    on_scores = True
 
     def operand_shapes(self) -> list[tuple[int, ...]]:
         H, D = self.shape.heads, self.shape.head_dim
@@ -269,7 +276,7 @@ class JaggedWeightedSum(Operation):
         return self.batch.total, self.shape.heads, self.shape.head_dim
 
     def flop(self) -> int:
-        return 2 * self.layouts.num_scores * self.shape.heads * self.shape.head_dim
+        return 2 * self.layouts.num_pairs * self.shape.heads * self.shape.head_dim
 
     def reference(self, *operands: Tensor) -> Tensor:
         weights, v = operands
@@ -286,8 +293,8 @@ class JaggedWeightedSum(Operation):
                 lambda p, v: torch.ops.fbgemm.sll_array_jagged_bmm_jagged_out(
                     p, v, scores, score_offsets, rows, offsets, rows, offsets, self.batch.max_seqlen, self.tf32
                 ),
-                (lambda x: x.detach().reshape(-1), heads_first),
-                (lambda x: x.view(H, -1), lambda x: heads_inside(x, H)),
+                (lambda x: layouts.tight(x).reshape(-1), heads_first),
+                (lambda x: layouts.loose(x.view(H, -1)), lambda x: heads_inside(x, H)),
                 lambda x: heads_inside(x, H),
                 heads_first,
                 cuda_only=True,
@@ -343,6 +350,7 @@ class JaggedScoreSoftmax(Operation):
     """Over the keys that each query sees: the mask of the shape."""
 
     name = "jagged_score_softmax"
+    on_scores = True
     saves_operands = False
     saves_result = True
 
@@ -361,7 +369,7 @@ class JaggedScoreSoftmax(Operation):
         pairs = zip(batch.lengths, batch.targets, strict=True)
         visible = sum(visible_pairs(n - targets, targets, shape.causal, shape.window) for n, targets in pairs)
         read, written = (1, 1) if mode == "forward" else (3, 2)  # the scores; probabilities and their gradients
-        elements = shape.heads * (read * visible + written * self.layouts.num_scores)
+        elements = shape.heads * (read * visible + written * self.layouts.num_pairs)
         return Work(0, elements * batch.dtype.itemsize)
 
     def reference(self, *operands: Tensor) -> Tensor:
@@ -395,10 +403,10 @@ class JaggedScoreSoftmax(Operation):
             _rows, offsets, _scores, score_offsets = layouts.offsets_of_heads(shape.heads)
             known["sll"] = Provider(
                 lambda x: torch.ops.fbgemm.sll_jagged2_softmax(x, offsets, score_offsets, batch.max_seqlen, False),
-                (lambda x: x.detach().reshape(-1),),
-                (lambda x: x.view(shape.heads, -1),),
-                lambda x: x.view(shape.heads, -1),
-                lambda x: x.reshape(-1),
+                (lambda x: layouts.tight(x).reshape(-1),),
+                (lambda x: layouts.loose(x.view(shape.heads, -1)),),
+                lambda x: layouts.loose(x.view(shape.heads, -1)),
+                lambda x: layouts.tight(x).reshape(-1),
                 cuda_only=True,
                 needs="fbgemm_gpu.sll.triton",
             )

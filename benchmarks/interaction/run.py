@@ -40,10 +40,13 @@ from recsys.tables import format_table
 from recsys.versions import environment
 
 GIGABYTE = Shape("G1", users=8192, heads=4, head_dim=64, mean=128, max=512)
-"""About a gigabyte of traffic where rows are read and written once."""
+"""About a gigabyte of traffic where rows are read and written once; for operations that have no scores."""
 
-ALL_SHAPES = {**SHAPES, GIGABYTE.name: GIGABYTE}
-DEFAULT_SHAPES = {"cuda": ["S1", "S3", "M1", "L1", "G1"], "cpu": ["tiny"]}
+GIGABYTE_OF_SCORES = Shape("G2", users=3072, heads=4, head_dim=64, mean=128, max=512)
+"""The same where scores are."""
+
+ALL_SHAPES = {**SHAPES, GIGABYTE.name: GIGABYTE, GIGABYTE_OF_SCORES.name: GIGABYTE_OF_SCORES}
+DEFAULT_SHAPES = {"cuda": ["S1", "S3", "M1", "L1", "G1", "G2"], "cpu": ["tiny"]}
 
 SHAPE = ("shape", "users", "heads", "head_dim", "causal", "window", "tokens", "mean_length", "max_length", "scores")
 FIGURES = (
@@ -133,6 +136,8 @@ def run_benchmark(options: Options) -> list[Row]:
         layouts = Layouts(Batch(shape, options.dtype, options.device))
         for name in options.operations:
             operation = OPERATIONS[name](layouts)
+            if shape is (GIGABYTE if operation.on_scores else GIGABYTE_OF_SCORES):
+                continue
             for mode in options.modes:
                 group = [{**_described(operation, mode, name), **known_columns} for name in options.providers]
                 for row, figures in zip(group, _measure(options, operation, mode), strict=True):
@@ -159,7 +164,7 @@ def _described(operation: Operation, mode: str, provider: str) -> Row:
         "tokens": batch.total,
         "mean_length": round(batch.total / shape.users, 1),
         "max_length": batch.max_seqlen,
-        "scores": operation.layouts.num_scores,
+        "scores": operation.layouts.num_pairs,
         "dtype": str(batch.dtype).removeprefix("torch."),
         "mode": mode,
         "provider": provider,

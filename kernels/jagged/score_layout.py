@@ -1,8 +1,6 @@
-"""Where the scores of a jagged batch are: of every user queries x keys, without padding."""
+"""Where the scores of a jagged batch are: of every user queries x keys."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +8,7 @@ from torch import Tensor
 from kernels.jagged.checks import check_offsets, checks_values
 from kernels.jagged.launch import INTERPRETED, is_traced
 from kernels.jagged.schedule import Schedule
+from kernels.score_pitch import ROW_MULTIPLE, row_pitch
 
 BLOCK = 32 if INTERPRETED else 64  # rows of a tile of queries or keys, in all kernels that read or write scores
 
@@ -17,24 +16,27 @@ BLOCK = 32 if INTERPRETED else 64  # rows of a tile of queries or keys, in all k
 class ScoreLayout:
     """User b with m queries and l keys owns m x l scores of `(H, T)`, row by row, from `offsets[b]` on.
 
-    So score (i, j) of user b and head h is element `[h, offsets[b] + i * l + j]`. Made once per batch.
+    A row begins at a multiple of 8 elements, so that it is read and written 16 bytes at a time: score (i, j) of user b
+    and head h is element `[h, offsets[b] + i * row_pitch(l) + j]`. What lies between the end of a row and the next one
+    is written as zero, and nobody's result depends on it. Made once per batch.
 
     Args:
         schedule: of the queries and keys.
-        total: T, queries x keys added up over the users; a host integer, so that nothing waits for the GPU: see
-            `count_scores`.
+        total: T, a host integer, so that nothing waits for the GPU: `count_scores` of the lengths.
 
     Attributes:
         offsets: `(B + 1,)` int64 on the device.
         schedule, total: as given.
 
     Raises:
-        ValueError: total is negative; or it isn't what the offsets say, where values are checked (`Schedule`).
+        ValueError: total can't be one; or it isn't what the offsets say, where values are checked (`Schedule`).
     """
 
     def __init__(self, schedule: Schedule, total: int) -> None:
-        if total < 0:
-            raise ValueError(f"total must be at least 0 scores, got {total}")
+        if total < 0 or total % ROW_MULTIPLE:
+            raise ValueError(
+                f"total must be a number of scores that {ROW_MULTIPLE} divides, as `count_scores` gives it; got {total}"
+            )
         self.schedule = schedule
         self.total = total
         (queries, num_queries, longest), (keys, num_keys, most_keys) = schedule.queries, schedule.keys
@@ -70,10 +72,10 @@ def _score_offsets(
         check_offsets(queries, max_seqlen, num_queries)
         if keys is not queries:
             check_offsets(keys, max_key_seqlen, num_keys, of_keys=True)
-    scores = queries.diff().long() * keys.diff().long()
+    scores = queries.diff().long() * row_pitch(keys.diff().long())
     offsets = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
     if check_values and int(offsets[-1]) != total:
-        raise ValueError(f"the offsets make {int(offsets[-1])} scores, queries x keys by user, not {total}")
+        raise ValueError(f"the offsets make {int(offsets[-1])} scores (`count_scores`), not {total}")
     return offsets
 
 
@@ -83,21 +85,3 @@ _score_offsets_op = torch.library.custom_op("recsys_kernels::jagged_score_offset
 @_score_offsets_op.register_fake
 def _score_offsets_fake(queries: Tensor, *_: object) -> Tensor:
     return queries.new_empty(queries.shape, dtype=torch.int64)
-
-
-def count_scores(query_lengths: Sequence[int] | Tensor, key_lengths: Sequence[int] | Tensor | None = None) -> int:
-    """Queries x keys added up over the users.
-
-    Args:
-        query_lengths: of every user, on the host: a tensor on a GPU would be waited for.
-        key_lengths: the same of the keys; None: the queries are the keys.
-
-    Raises:
-        ValueError: numbers of users that differ.
-    """
-    keys = query_lengths if key_lengths is None else key_lengths
-    if len(query_lengths) != len(keys):
-        raise ValueError(f"{len(query_lengths)} users have query lengths, {len(keys)} have key lengths")
-    if isinstance(query_lengths, Tensor) and isinstance(keys, Tensor):
-        return int((query_lengths.long() * keys.long()).sum())
-    return sum(int(m) * int(n) for m, n in zip(query_lengths, keys, strict=True))

@@ -106,25 +106,43 @@ def is_visible(o_key, i_n, first, end, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit  # pragma: no cover
-def load_scores(p_user, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
-    """Scores of queries i_m ... i_m + BM and keys i_n ... i_n + BN of a user and head: (BM, BN), zero past its end."""
+def pitch_of(num_keys):
+    """As `row_pitch`; the compiler knows that 8 divides it, and so reads and writes 16 bytes at a time."""
+    return (num_keys + 7) // 8 * 8
+
+
+@triton.jit  # pragma: no cover
+def first_score(p_offsets, i_user, n, num_keys, i_h, T):
+    """First score of a user and head in `(H, T)`, which 8 divides; and whether all of them lie inside of the tensor.
+
+    If not, nothing may be touched, whatever offsets and totals say.
+    """
+    start = tl.load(p_offsets + i_user) // 8 * 8
+    is_inside = (start >= 0) & (start + n.to(tl.int64) * pitch_of(num_keys) <= T)
+    return i_h.to(tl.int64) * (T // 8 * 8) + start, is_inside
+
+
+@triton.jit  # pragma: no cover
+def load_scores(p_user, i_m, i_n, n, num_keys, end, BM: tl.constexpr, BN: tl.constexpr):
+    """Scores of queries i_m ... i_m + BM and keys i_n ... i_n + BN of a user and head: (BM, BN).
+
+    Zero, and mostly not read, past the queries and from key `end` on, which is at most num_keys.
+    """
     o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    p_tile = p_user + (tl.cast(i_m, tl.int64) * num_keys + i_n) + (o_m * num_keys + o_n)
-    return tl.load(p_tile, mask=(i_m + o_m < n) & (i_n + o_n < num_keys), other=0.0)
+    pitch = pitch_of(num_keys)
+    p_tile = p_user + (tl.cast(i_m, tl.int64) * pitch + i_n) + (o_m * pitch + o_n)
+    b_s = tl.load(p_tile, mask=(i_m + o_m < n) & (i_n + o_n < pitch_of(end)), other=0.0)
+    return tl.where(i_n + o_n < end, b_s, 0.0)
 
 
 @triton.jit  # pragma: no cover
 def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
-    """Write such a tile, as far as the user goes."""
+    """Write such a tile, as far as the user goes, with zero from the end of a row to the next."""
     o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    p_tile = p_user + (tl.cast(i_m, tl.int64) * num_keys + i_n) + (o_m * num_keys + o_n)
-    tl.store(p_tile, b_s.to(p_user.dtype.element_ty), mask=(i_m + o_m < n) & (i_n + o_n < num_keys))
-
-
-@triton.jit  # pragma: no cover
-def has_scores(s_start, n, num_keys, T):
-    """Whether a user's scores lie inside of the tensor: whatever offsets and totals say, nothing else is touched."""
-    return (s_start >= 0) & (s_start + n.to(tl.int64) * num_keys <= T)
+    pitch = pitch_of(num_keys)
+    p_tile = p_user + (tl.cast(i_m, tl.int64) * pitch + i_n) + (o_m * pitch + o_n)
+    b_s = tl.where(i_n + o_n < num_keys, b_s, 0.0)
+    tl.store(p_tile, b_s.to(p_user.dtype.element_ty), mask=(i_m + o_m < n) & (i_n + o_n < pitch))
 
 
 @triton.jit  # pragma: no cover

@@ -5,8 +5,13 @@ Arguments and results as of the functions in op.py; computed in the dtype of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.score_pitch import row_pitch
 
 
 def of_users(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
@@ -19,8 +24,14 @@ def scores_of_users(scores: Tensor, offsets: Tensor, key_offsets: Tensor) -> tup
     if offsets.shape[0] <= 1:
         return ()
     shapes = list(zip(offsets.diff().tolist(), key_offsets.diff().tolist(), strict=True))
-    parts = scores.split([m * l for m, l in shapes], dim=1)
-    return tuple(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
+    parts = scores.split([m * row_pitch(l) for m, l in shapes], dim=1)
+    return tuple(part.unflatten(1, (m, row_pitch(l)))[..., :l] for part, (m, l) in zip(parts, shapes, strict=True))
+
+
+def scores_together(scores: Sequence[Tensor], like: Tensor, num_heads: int) -> Tensor:
+    """And back: `(H, T)`, rows rounded up with zeros."""
+    parts = [F.pad(x, (0, row_pitch(x.shape[2]) - x.shape[2])).flatten(1) for x in scores]
+    return torch.cat([like.new_empty(num_heads, 0), *parts], dim=1)
 
 
 def reference_jagged_dense_bmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -39,8 +50,7 @@ def reference_jagged_jagged_bmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor
 def reference_jagged_scores(q: Tensor, k: Tensor, offsets: Tensor, key_offsets: Tensor, scale: float = 1.0) -> Tensor:
     """Of every user `scale q_b k_b^T`, `(H, T)`."""
     pairs = zip(of_users(q, offsets), of_users(k, key_offsets), strict=True)
-    parts = [torch.einsum("mhd,lhd->hml", *pair).flatten(1) * scale for pair in pairs]
-    return torch.cat([q.new_empty(q.shape[1], 0), *parts], dim=1)
+    return scores_together([torch.einsum("mhd,lhd->hml", *pair) * scale for pair in pairs], q, q.shape[1])
 
 
 def reference_jagged_weighted_sum(

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.jagged.launch import Launcher, grid_of, next_power_of_2
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
-    has_scores,
+    first_score,
     load_entry,
     load_scores,
     load_tile,
@@ -55,12 +55,12 @@ def jagged_scores_kernel(
     if n == 0:
         return
     i_m = i_tile * BM
-    s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
-    if not has_scores(s_start, n, num_keys, T):
+    s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, i_h, T)
+    if not is_inside:
         return
     p_q += q_start * stride_ql + i_h.to(tl.int64) * stride_qh
     p_k += k_start * stride_kl + i_h.to(tl.int64) * stride_kh
-    p_s += i_h.to(tl.int64) * T + s_start
+    p_s += s_start
     b_q = load_tile(p_q, i_m, n, stride_ql, D, BM, BD, True)
     for i_n in range(0, num_keys, BN):
         b_k = load_tile(p_k, i_n, num_keys, stride_kl, D, BN, BD, True)
@@ -95,18 +95,20 @@ def jagged_weighted_sum_kernel(
     if n == 0:
         return
     i_o = i_tile * BO
-    s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
-    if not has_scores(s_start, n, num_x, T):
-        num_x = 0
-    p_s += i_h.to(tl.int64) * T + s_start
+    num_queries, num_keys = n, num_x
+    if TRANSPOSED:
+        num_queries, num_keys = num_x, n
+    s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), num_queries, num_keys, i_h, T)
+    num_x = tl.where(is_inside, num_x, 0)
+    p_s += s_start
     p_x += x_start * stride_xl + i_h.to(tl.int64) * stride_xh
     b_acc = tl.zeros([BO, BD], dtype=tl.float32)
     for i_x in range(0, num_x, BX):
         b_x = load_tile(p_x, i_x, num_x, stride_xl, D, BX, BD, True)
         if TRANSPOSED:
-            b_s = tl.trans(load_scores(p_s, i_x, i_o, num_x, n, BX, BO))
+            b_s = tl.trans(load_scores(p_s, i_x, i_o, num_x, n, n, BX, BO))
         else:
-            b_s = load_scores(p_s, i_o, i_x, n, num_x, BO, BX)
+            b_s = load_scores(p_s, i_o, i_x, n, num_x, num_x, BO, BX)
         b_acc = tl.dot(b_s, b_x, b_acc, input_precision=PRECISION)
     store_tile(p_out + (start * H + i_h) * D, b_acc * scale, i_o, n, H * D, D, BO, BD)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged_flash_attention.reference import dense_mask
-from kernels.jagged_matmul.reference import of_users, scores_of_users
+from kernels.jagged_matmul.reference import of_users, scores_of_users, scores_together
 
 
 def reference_jagged_softmax(x: Tensor, offsets: Tensor, scale: float = 1.0) -> Tensor:
@@ -37,5 +37,5 @@ def reference_jagged_score_softmax(
         if mask is not None:
             m = of_user.shape[1]
             of_user = of_user.masked_fill(~mask[b, :m, :m], float("-inf"))
-        parts.append(of_user.softmax(dim=2).flatten(1))
-    return torch.cat([scores[:, :0], *parts], dim=1)
+        parts.append(of_user.softmax(dim=2))
+    return scores_together(parts, scores, scores.shape[0])

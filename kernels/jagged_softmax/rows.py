@@ -1,6 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Softmax over the rows of jagged scores: one program per tile of queries and head, some rows at a time.
 
+A block on the chip has as many elements whether its rows are short or long: BR rows of BN keys for tiles that see few
+keys, 1/4 as many rows of 4 times as many keys for the others. What sees more keys still is read twice.
+
 Names: see kernels/jagged/tiles.py; T scores of all users together, placed as kernels/jagged/score_layout.py says.
 """
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from kernels.jagged.launch import INTERPRETED, LOG2_E, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
-    has_scores,
+    first_score,
     is_visible,
     load_entry,
     load_scores,
@@ -23,24 +26,25 @@ from kernels.jagged.tiles import (
     visible_keys,
 )
 
-# Of a block that a program has at once: a row of up to so many keys is read once.
-ROWS, KEYS = (16, 32) if INTERPRETED else (32, 128)
+# Of a block that a program has at once: a row of up to 4 times so many keys is read once.
+ROWS, KEYS = (16, 16) if INTERPRETED else (32, 128)
+NUM_WARPS = 4
 
 
 @triton.jit  # pragma: no cover
 def load_visible(
-    p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2, (BM, BN) float32; -inf where the query doesn't see the key, and past the user's end."""
+    """Scores in base 2, (BM, BN) float32; -inf where the query doesn't see the key, and from key hi on."""
     o_m = (i_m + tl.arange(0, BM))[:, None]
     o_n = tl.arange(0, BN)[None, :]
     first, end = visible_keys(o_m, h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     mask = is_visible(o_n, i_n, first, end, HAS_WINDOW)
     if HAS_TARGETS:
         mask = mask | ((o_m >= h) & (o_m == i_n + o_n))
-    b_s = load_scores(p_s, i_m, i_n, n, num_keys, BM, BN).to(tl.float32) * scale_log2
-    return tl.where(mask & (i_n + o_n < num_keys), b_s, float("-inf"))
+    b_s = load_scores(p_s, i_m, i_n, n, num_keys, hi, BM, BN).to(tl.float32) * scale_log2
+    return tl.where(mask & (i_n + o_n < hi), b_s, float("-inf"))
 
 
 @triton.jit  # pragma: no cover
@@ -71,38 +75,41 @@ def store_zeros(p_rows, i_m, lo, hi, n, num_keys, BR: tl.constexpr, BN: tl.const
 
 
 @triton.jit  # pragma: no cover
-def softmax_of_rows(
-    p_s, p_p, i_m, n, num_keys, h, window, scale_log2, BR: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
+def softmax_of_tile(
+    p_s, p_p, i_first, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    ONCE: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of BR queries of a user and head; read once where all their keys fit into a block, else twice."""
-    lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-    store_zeros(p_p, i_m, 0, lo, n, num_keys, BR, BN)
-    if hi - lo <= BN:
-        b_s = load_visible(p_s, i_m, lo, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-        b_max = tl.max(b_s, 1)
-        b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
-        b_sum = tl.sum(b_p, 1)
-        store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
-    else:
-        b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
-        b_sum = tl.zeros([BR], dtype=tl.float32)
-        for i_n in range(lo, hi, BN):
+    """Probabilities of BM queries, BR at a time; ONCE: what they see fits into BN keys."""
+    for i_m in range(i_first, tl.minimum(i_first + BM, n), BR):
+        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        store_zeros(p_p, i_m, 0, lo, n, num_keys, BR, BN)
+        if ONCE:
             b_s = load_visible(
-                p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+                p_s, i_m, lo, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
-            b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing seen so far: -inf - (-inf) is NaN
-            b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
-            b_max = b_new_max
-        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-        for i_n in range(lo, hi, BN):
-            b_s = load_visible(
-                p_s, i_m, i_n, n, num_keys, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
-            )
-            store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BR, BN)
-    store_zeros(p_p, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
+            b_max = tl.max(b_s, 1)
+            b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+            b_sum = tl.sum(b_p, 1)
+            store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
+        else:
+            b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
+            b_sum = tl.zeros([BR], dtype=tl.float32)
+            for i_n in range(lo, hi, BN):
+                b_s = load_visible(
+                    p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+                )
+                b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+                b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing so far: -inf - (-inf) is NaN
+                b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
+                b_max = b_new_max
+            b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+            b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+            for i_n in range(lo, hi, BN):
+                b_s = load_visible(
+                    p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+                )
+                store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BR, BN)
+        store_zeros(p_p, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
 
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
@@ -117,8 +124,8 @@ def jagged_score_softmax_kernel(
     scale_log2,
     H: tl.constexpr,
     BM: tl.constexpr,
-    BR: tl.constexpr,  # rows at once
-    BN: tl.constexpr,  # keys at once
+    BR: tl.constexpr,
+    BN: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
@@ -130,26 +137,64 @@ def jagged_score_softmax_kernel(
     _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
     if n == 0:
         return
-    s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
-    if not has_scores(s_start, n, num_keys, T):
+    start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, i_h, T)
+    if not is_inside:
         return
-    start = i_h.to(tl.int64) * T + s_start
-    for i_m in range(i_tile * BM, tl.minimum(i_tile * BM + BM, n), BR):
-        softmax_of_rows(
-            p_s + start, p_p + start, i_m, n, num_keys, h, window, scale_log2,
-            BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+    p_s += start
+    p_p += start
+    i_m = i_tile * BM
+    # Blocks of a window begin at a multiple of their keys, so that its first keys cost one more.
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, 4 * BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    if hi <= BN:
+        softmax_of_tile(
+            p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
+            BM, BR, BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+        )  # fmt: skip
+    elif hi - lo <= 4 * BN:
+        softmax_of_tile(
+            p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
+            BM, BR // 4, 4 * BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+        )  # fmt: skip
+    else:
+        softmax_of_tile(
+            p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
+            BM, BR // 4, 4 * BN, False, CAUSAL, HAS_WINDOW, HAS_TARGETS,
         )  # fmt: skip
 
 
 @triton.jit  # pragma: no cover
-def load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR: tl.constexpr, BN: tl.constexpr):
-    """Probabilities, and the gradients of those that aren't zero, both (BR, BN) float32.
+def load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR: tl.constexpr, BN: tl.constexpr):
+    """Probabilities, and the gradients of those that aren't zero, both (BR, BN) float32; zero from key hi on.
 
     What a query doesn't see takes no part, whatever gradient it has.
     """
-    b_p = load_scores(p_p, i_m, i_n, n, num_keys, BR, BN).to(tl.float32)
-    b_dp = load_scores(p_dp, i_m, i_n, n, num_keys, BR, BN).to(tl.float32)
+    b_p = load_scores(p_p, i_m, i_n, n, num_keys, hi, BR, BN).to(tl.float32)
+    b_dp = load_scores(p_dp, i_m, i_n, n, num_keys, hi, BR, BN).to(tl.float32)
     return b_p, tl.where(b_p == 0.0, 0.0, b_dp)
+
+
+@triton.jit  # pragma: no cover
+def gradient_of_tile(
+    p_p, p_dp, p_ds, i_first, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    ONCE: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the scores of BM queries, BR at a time; ONCE: what they see fits into BN keys."""
+    for i_m in range(i_first, tl.minimum(i_first + BM, n), BR):
+        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        store_zeros(p_ds, i_m, 0, lo, n, num_keys, BR, BN)
+        if ONCE:
+            b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, hi, BR, BN)
+            b_delta = tl.sum(b_p * b_dp, 1)
+            store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, lo, n, num_keys, BR, BN)
+        else:
+            b_delta = tl.zeros([BR], dtype=tl.float32)
+            for i_n in range(lo, hi, BN):
+                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
+                b_delta += tl.sum(b_p * b_dp, 1)
+            for i_n in range(lo, hi, BN):
+                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
+                store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
+        store_zeros(p_ds, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
 
 
 @triton.jit(do_not_specialize=["T", "window", "scale"])  # pragma: no cover
@@ -164,8 +209,8 @@ def jagged_score_softmax_backward_kernel(
     scale,
     H: tl.constexpr,
     BM: tl.constexpr,
-    BR: tl.constexpr,  # rows at once
-    BN: tl.constexpr,  # keys at once
+    BR: tl.constexpr,
+    BN: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
@@ -177,29 +222,29 @@ def jagged_score_softmax_backward_kernel(
     _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
     if n == 0:
         return
-    s_start = tl.load(p_offsets + load_user_index(p_tiles, i_entry))
-    if not has_scores(s_start, n, num_keys, T):
+    start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, i_h, T)
+    if not is_inside:
         return
-    start = i_h.to(tl.int64) * T + s_start
     p_p += start
     p_dp += start
     p_ds += start
-    for i_m in range(i_tile * BM, tl.minimum(i_tile * BM + BM, n), BR):
-        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-        store_zeros(p_ds, i_m, 0, lo, n, num_keys, BR, BN)
-        if hi - lo <= BN:
-            b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, BR, BN)
-            b_delta = tl.sum(b_p * b_dp, 1)
-            store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, lo, n, num_keys, BR, BN)
-        else:
-            b_delta = tl.zeros([BR], dtype=tl.float32)
-            for i_n in range(lo, hi, BN):
-                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR, BN)
-                b_delta += tl.sum(b_p * b_dp, 1)
-            for i_n in range(lo, hi, BN):
-                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, BR, BN)
-                store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
-        store_zeros(p_ds, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
+    i_m = i_tile * BM
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, 4 * BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    if hi <= BN:
+        gradient_of_tile(
+            p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
+            BM, BR, BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+        )  # fmt: skip
+    elif hi - lo <= 4 * BN:
+        gradient_of_tile(
+            p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
+            BM, BR // 4, 4 * BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+        )  # fmt: skip
+    else:
+        gradient_of_tile(
+            p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
+            BM, BR // 4, 4 * BN, False, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+        )  # fmt: skip
 
 
 launch_kernel = Launcher(jagged_score_softmax_kernel, "num_warps")
@@ -227,7 +272,7 @@ def launch_score_softmax(
         (),
         (T, window or 0, scale * LOG2_E),
         (H, BLOCK, ROWS, KEYS, causal, window is not None, has_targets),
-        (4,),
+        (NUM_WARPS,),
     )
     return probabilities
 
@@ -254,6 +299,6 @@ def launch_score_softmax_backward(
         (),
         (T, window or 0, scale),
         (H, BLOCK, ROWS, KEYS, causal, window is not None, has_targets),
-        (4,),
+        (NUM_WARPS,),
     )
     return dscores

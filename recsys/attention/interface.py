@@ -14,6 +14,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.score_pitch import row_pitch
+
 T = TypeVar("T")
 
 
@@ -70,8 +72,8 @@ class JaggedLayout:
     total: int
     """`L`."""
 
-    total_pairs: int | None = None
-    """Sum of the users' squared lengths, known on the host. `jagged` needs it."""
+    total_scores: int | None = None
+    """Elements of the users' scores, known on the host: `count_scores` of the lengths. `jagged` needs it."""
 
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -86,10 +88,11 @@ class JaggedLayout:
                 f"{self.num_users} users of at most max_seqlen={self.max_seqlen} tokens "
                 f"can't have total={self.total} tokens"
             )
-        if self.total_pairs is not None and not self.total <= self.total_pairs <= self.total * self.max_seqlen:
+        least, most = self.total * row_pitch(1), self.total * row_pitch(self.max_seqlen)
+        if self.total_scores is not None and not least <= self.total_scores <= most:
             raise ValueError(
-                f"total_pairs is {self.total_pairs}: the squared lengths of users with {self.total} tokens, at most "
-                f"{self.max_seqlen} each, sum up to something between {self.total} and {self.total * self.max_seqlen}"
+                f"total_scores is {self.total_scores}: `count_scores` of the lengths of users with {self.total} "
+                f"tokens, at most {self.max_seqlen} each, is from {least} to {most}"
             )
 
     @property
@@ -117,8 +120,8 @@ class CrossLayout:
 
     queries: JaggedLayout
     keys: JaggedLayout
-    total_pairs: int | None = None
-    """Queries x keys added up over the users, known on the host. `jagged` needs it."""
+    total_scores: int | None = None
+    """Elements of the users' scores, known on the host: `count_scores` of the lengths. `jagged` needs it."""
 
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -128,11 +131,11 @@ class CrossLayout:
                 f"the queries are of {self.queries.num_users} users, the keys of {self.keys.num_users}: they must be "
                 "the same users"
             )
-        most = min(self.queries.total * self.keys.max_seqlen, self.keys.total * self.queries.max_seqlen)
-        if self.total_pairs is not None and not 0 <= self.total_pairs <= most:
+        most = self.queries.total * row_pitch(self.keys.max_seqlen)
+        if self.total_scores is not None and not 0 <= self.total_scores <= most:
             raise ValueError(
-                f"total_pairs is {self.total_pairs}: {self.queries.total} queries and {self.keys.total} keys of users "
-                f"with at most {self.queries.max_seqlen} and {self.keys.max_seqlen} make from 0 to {most}"
+                f"total_scores is {self.total_scores}: `count_scores` of {self.queries.total} queries of users with at "
+                f"most {self.keys.max_seqlen} keys is from 0 to {most}"
             )
 
     def cached(self, kind: str, build: Callable[[], T]) -> T:
@@ -151,7 +154,7 @@ class Request:
     head_dim: int
     mask: MaskSpec
     dropout_p: float
-    knows_pairs: bool = True
+    knows_scores: bool = True
     """The layout says how many pairs of query and key there are."""
 
 
@@ -217,7 +220,7 @@ class AttentionBackend(ABC):
         q, k, v = _as_autocast_would(q, k, v)
         _check_tensors(q, k, v, layout, mask)
         mask = mask.simplified(layout)
-        self._check_request(q, mask, dropout_p, layout.total_pairs)
+        self._check_request(q, mask, dropout_p, layout.total_scores)
         if layout.total == 0:
             # No token on this rank. The sum keeps q, k and v in the graph, so that every projection gets a
             # (zero) gradient and DDP doesn't wait for it.
@@ -246,16 +249,16 @@ class AttentionBackend(ABC):
         """
         q, k, v = _as_autocast_would(q, k, v)
         _check_cross_tensors(q, k, v, layout)
-        self._check_request(q, MaskSpec(causal=False), dropout_p, layout.total_pairs)
+        self._check_request(q, MaskSpec(causal=False), dropout_p, layout.total_scores)
         if layout.queries.total == 0 or layout.keys.total == 0:
             # Zero, and q, k and v stay in the graph, so that DDP doesn't wait for gradients.
             return q * 0.0 + (k[:, :, :1].sum() + v[:, :, :1].sum()) * 0.0
         return self.attend_across(q, k, v, layout, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, dropout_p)
 
-    def _check_request(self, q: Tensor, mask: MaskSpec, dropout_p: float, total_pairs: int | None) -> None:
+    def _check_request(self, q: Tensor, mask: MaskSpec, dropout_p: float, total_scores: int | None) -> None:
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p is {dropout_p}: allowed are values from 0 to below 1")
-        request = Request(q.device, q.dtype, q.shape[2], mask, dropout_p, total_pairs is not None)
+        request = Request(q.device, q.dtype, q.shape[2], mask, dropout_p, total_scores is not None)
         reason = self.unavailable(q.device) or self.refuses(request)
         if reason is not None:
             raise ValueError(f"attention backend '{self.name}' can't do this: {reason}. {_who_can(request)}")

@@ -39,8 +39,8 @@ class Jagged(AttentionBackend):
             return f"q, k, v are {request.dtype}, it takes float32, float16 and bfloat16"
         if request.head_dim > MAX_HEAD_DIM:
             return f"the head dim is {request.head_dim}, it takes up to {MAX_HEAD_DIM}"
-        if not request.knows_pairs:
-            return "the layout has no total_pairs, the number of pairs of query and key on the host, which it needs"
+        if not request.knows_scores:
+            return "the layout has no total_scores, the number of scores on the host, which it needs"
         return None
 
     def attend(
@@ -55,9 +55,9 @@ class Jagged(AttentionBackend):
     ) -> Tensor:
         from kernels.jagged.score_layout import ScoreLayout
 
-        assert layout.total_pairs is not None, "refuses() lets no such layout through"
-        total_pairs = layout.total_pairs
-        scores = layout.cached("score_layout", mask, lambda: ScoreLayout(self_schedule(layout, mask), total_pairs))
+        assert layout.total_scores is not None, "refuses() lets no such layout through"
+        total_scores = layout.total_scores
+        scores = layout.cached("score_layout", mask, lambda: ScoreLayout(self_schedule(layout, mask), total_scores))
         return _attend(q, k, v, scores, mask, scale, dropout_p)
 
     def attend_across(
@@ -65,9 +65,9 @@ class Jagged(AttentionBackend):
     ) -> Tensor:
         from kernels.jagged.score_layout import ScoreLayout
 
-        assert layout.total_pairs is not None, "refuses() lets no such layout through"
-        total_pairs = layout.total_pairs
-        scores = layout.cached("score_layout", lambda: ScoreLayout(cross_schedule(layout), total_pairs))
+        assert layout.total_scores is not None, "refuses() lets no such layout through"
+        total_scores = layout.total_scores
+        scores = layout.cached("score_layout", lambda: ScoreLayout(cross_schedule(layout), total_scores))
         return _attend(q, k, v, scores, MaskSpec(causal=False), scale, dropout_p)
 
 

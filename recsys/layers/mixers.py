@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
+from kernels.score_pitch import count_scores
 from recsys.attention.interface import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec
 from recsys.layers.sequence import JoinedSequence, user_of_token
 
@@ -98,7 +99,7 @@ class MeanPoolMixer(Mixer):
 
 def mix_context(batch: Batch, sequence: JoinedSequence, mask: MaskSpec) -> MixContext:
     """What the layers of this step share; `mask` is the configured one, the candidates are filled in here."""
-    layout = JaggedLayout(sequence.offsets, sequence.max_seqlen, sequence.total, sequence.total_pairs)
+    layout = JaggedLayout(sequence.offsets, sequence.max_seqlen, sequence.total, sequence.total_scores)
     mask = replace(
         mask,
         num_targets=sequence.num_candidates_per_user,
@@ -109,6 +110,6 @@ def mix_context(batch: Batch, sequence: JoinedSequence, mask: MaskSpec) -> MixCo
     across = CrossLayout(
         JaggedLayout(batch.candidate_offsets, batch.max_candidates, batch.num_candidates),
         JaggedLayout(batch.history_offsets, batch.max_history, batch.num_history),
-        total_pairs=int((batch.history_lengths * batch.candidate_lengths).sum()),
+        total_scores=count_scores(batch.candidate_lengths, batch.history_lengths),
     )
     return MixContext(sequence, layout, mask, across)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
+from kernels.score_pitch import count_scores
 
 
 def user_of_token(offsets: Tensor, total: int) -> Tensor:
@@ -37,7 +38,7 @@ class JoinedSequence:
         num_candidates_per_user: `(B,)`.
         max_seqlen: longest joined sequence of the batch.
         total: `L + N`.
-        total_pairs: sum of the squared lengths of the users' joined sequences.
+        total_scores: elements of the scores of the users' joined sequences, see `count_scores`.
     """
 
     offsets: Tensor
@@ -49,7 +50,7 @@ class JoinedSequence:
     num_candidates_per_user: Tensor
     max_seqlen: int
     total: int
-    total_pairs: int
+    total_scores: int
 
     def join(self, history: Tensor, candidates: Tensor) -> Tensor:
         """`(L, W)` and `(N, W)` to `(L + N, W)`, each user's candidates behind its history."""
@@ -86,5 +87,5 @@ def join_layout(batch: Batch) -> JoinedSequence:
         num_candidates_per_user=batch.candidate_offsets.diff(),
         max_seqlen=int(lengths.max()) if lengths.numel() else 0,
         total=total,
-        total_pairs=int(lengths.square().sum()),
+        total_scores=count_scores(lengths),
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged_flash_attention.reference import reference_attention
+from kernels.score_pitch import count_scores
 from recsys.attention import AttentionBackend, CrossLayout, JaggedLayout, MaskSpec
 
 
@@ -44,14 +45,14 @@ MASKS = {
 def make_layout(users: Users, device: torch.device, offsets_dtype: torch.dtype = torch.int64) -> JaggedLayout:
     lengths = torch.tensor((0, *users.lengths))
     offsets = lengths.cumsum(0).to(device, offsets_dtype)
-    return JaggedLayout(offsets, max(users.lengths), sum(users.lengths), sum(n * n for n in users.lengths))
+    return JaggedLayout(offsets, max(users.lengths), sum(users.lengths), count_scores(users.lengths))
 
 
 def make_cross_layout(
     queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device, offsets_dtype: torch.dtype = torch.int64
 ) -> CrossLayout:
     sides = [make_layout(Users(lengths, ()), device, offsets_dtype) for lengths in (queries, keys)]
-    return CrossLayout(*sides, total_pairs=sum(m * n for m, n in zip(queries, keys, strict=True)))
+    return CrossLayout(*sides, total_scores=count_scores(queries, keys))
 
 
 def make_mask(users: Users, mask_id: str, device: torch.device) -> MaskSpec:

@@ -106,26 +106,26 @@ def test_a_refused_call_names_the_backends_that_can(kernel_device: torch.device)
 def test_jagged_wants_the_number_of_scores(kernel_device: torch.device) -> None:
     q = torch.randn(5, 2, 16, device=kernel_device)
     with pytest.raises(
-        ValueError, match=r"'jagged' can't do this: the layout has no total_pairs.*: jagged_flash, sdpa, dense$"
+        ValueError, match=r"'jagged' can't do this: the layout has no total_scores.*: jagged_flash, sdpa, dense$"
     ):
         backends()["jagged"](q, q, q, JaggedLayout(OFFSETS.to(kernel_device), 3, 5), MaskSpec())
-    with pytest.raises(ValueError, match="total_pairs is 16: .* something between 5 and 15"):
-        JaggedLayout(OFFSETS, 3, 5, total_pairs=16)
+    with pytest.raises(ValueError, match="total_scores is 34: `count_scores` .*, at most 3 each, is from 40 to 40"):
+        JaggedLayout(OFFSETS, 3, 5, total_scores=34)
 
 
 def test_cross_attention_refuses_what_does_not_fit(kernel_device: torch.device) -> None:
     layout = JaggedLayout(OFFSETS.to(kernel_device), 3, 5)
     with pytest.raises(ValueError, match="queries are of 2 users, the keys of 1: they must be the same users"):
         CrossLayout(layout, JaggedLayout(OFFSETS[[0, 2]], 5, 5))
-    with pytest.raises(ValueError, match="total_pairs is 16: 5 queries and 5 keys of users .* make from 0 to 15"):
-        CrossLayout(layout, layout, total_pairs=16)
+    with pytest.raises(ValueError, match="total_scores is 48: `count_scores` of 5 queries .* 3 keys is from 0 to 40"):
+        CrossLayout(layout, layout, total_scores=48)
     across = CrossLayout(layout, layout)
     q = torch.randn(5, 2, 16, device=kernel_device)
     for name, arguments, message in (
         ("sdpa", (q, q[:4], q[:4]), "k has 4 tokens, its layout 5"),
         ("sdpa", (q, q, q[..., :8]), r"they must be \(N, H, D\) and twice \(L, H, D\)"),
         ("dense", (q, q.half(), q), "they must be the same"),
-        ("jagged", (q, q, q), "'jagged' can't do this: the layout has no total_pairs"),
+        ("jagged", (q, q, q), "'jagged' can't do this: the layout has no total_scores"),
     ):
         with pytest.raises(ValueError, match=message):
             backends()[name].cross(*arguments, across)

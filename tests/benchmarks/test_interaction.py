@@ -15,6 +15,7 @@ from benchmarks.interaction import run
 from benchmarks.interaction.layouts import Layouts
 from benchmarks.interaction.operations import OPERATIONS, OURS, PADDED, PROVIDERS
 from benchmarks.interaction.run import COLUMNS, main, parse_options, run_benchmark, table
+from kernels.score_pitch import count_scores, row_pitch
 from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="Triton can't run here")
@@ -55,8 +56,8 @@ def test_every_provider_does_the_same(name: str, shape: Shape) -> None:
 
 def test_work_is_what_has_to_be_read_written_and_multiplied() -> None:
     layouts = layouts_of(FULL, torch.bfloat16)
-    L, T = layouts.batch.total, layouts.num_scores
-    assert sum(n * n for n in layouts.batch.lengths) == T
+    L, T = layouts.batch.total, layouts.num_pairs
+    assert sum(n * n for n in layouts.batch.lengths) == T < layouts.num_scores
     work = {name: operation(layouts).work("forward") for name, operation in OPERATIONS.items()}
     assert work["jagged_scores"].flop == 2 * T * 2 * 16
     assert work["jagged_scores"].num_bytes == 2 * (2 * L * 2 * 16 + 2 * T)
@@ -69,8 +70,8 @@ def test_work_is_what_has_to_be_read_written_and_multiplied() -> None:
     causal = layouts_of(CAUSAL, torch.bfloat16)
     seen = sum(n * (n + 1) // 2 for n in causal.batch.lengths)
     softmax = OPERATIONS["jagged_score_softmax"](causal)
-    assert softmax.work("forward").num_bytes == 2 * 2 * (seen + causal.num_scores)
-    assert softmax.work("forward_backward").num_bytes == 2 * 2 * (3 * seen + 2 * causal.num_scores)
+    assert softmax.work("forward").num_bytes == 2 * 2 * (seen + causal.num_pairs)
+    assert softmax.work("forward_backward").num_bytes == 2 * 2 * (3 * seen + 2 * causal.num_pairs)
     assert OPERATIONS["jagged_scores"](layouts).work("forward_backward").flop == 3 * work["jagged_scores"].flop
 
 
@@ -82,9 +83,18 @@ def test_padding_and_back() -> None:
     assert torch.equal(layouts.unpad_rows(padded), rows)
     squares = layouts.pad_scores(scores)
     assert squares.shape == (5, 2, layouts.batch.max_seqlen, layouts.batch.max_seqlen)
-    assert torch.equal(layouts.unpad_scores(squares), scores)
-    second = layouts.batch.lengths[0] ** 2
-    assert squares[1, 0, 0, 0] == scores[0, second]
+    assert torch.equal(layouts.unpad_scores(squares), scores * layouts.is_pair)
+    assert int(layouts.is_pair.sum()) == layouts.num_pairs < layouts.num_scores
+    first, second = layouts.batch.lengths[:2]
+    assert squares[1, 0, 0, 0] == scores[0, count_scores([first])]
+    assert (
+        squares[1, 1, second - 1, second - 1]
+        == scores[1, count_scores([first, second]) - row_pitch(second) + second - 1]
+    )
+    tight = layouts.tight(scores)
+    assert tight.shape == (2, layouts.num_pairs)
+    assert tight[1, first + 1] == scores[1, row_pitch(first) + 1]
+    assert torch.equal(layouts.loose(tight), scores * layouts.is_pair)
 
 
 @pytest.mark.parametrize("wrong", ["a_row", "a_user", "everything", "nan"])
@@ -94,7 +104,7 @@ def test_a_wrong_result_is_marked(name: str, wrong: str) -> None:
     operation = OPERATIONS[name](layouts)
     (x,) = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in operation.operand_shapes())
     exact = operation.reference(x)
-    first_score = sum(n * n for n in layouts.batch.lengths[:-1])
+    first_score = count_scores(layouts.batch.lengths[:-1])
     place: Any = (slice(None), slice(first_score, None)) if name == "jagged_score_softmax" else -1
 
     def spoil(x: Tensor) -> Tensor:

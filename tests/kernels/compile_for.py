@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.attention.candidates import HOPPER_CONFIGS
 from kernels.jagged import Schedule, launch, tile_lists
-from kernels.jagged.score_layout import ScoreLayout, count_scores
+from kernels.jagged.score_layout import ScoreLayout
 from kernels.jagged_concat import jagged_concat, jagged_last, jagged_split
 from kernels.jagged_concat import op as concat_op
 from kernels.jagged_elementwise import (
@@ -38,6 +38,7 @@ from kernels.jagged_pooling import jagged_pool
 from kernels.jagged_pooling import op as pooling_op
 from kernels.jagged_softmax import jagged_score_softmax, jagged_softmax
 from kernels.jagged_softmax import op as softmax_op
+from kernels.score_pitch import count_scores
 
 LENGTHS = [5, 0, 70]
 WAIT = "griddepcontrol.wait"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import Schedule
-from kernels.jagged.score_layout import ScoreLayout, count_scores
+from kernels.jagged.score_layout import ScoreLayout
+from kernels.score_pitch import count_scores
 from tests.numerics import FORWARD_FACTOR, GRADIENT_FACTOR, assert_matches_reference
 
 # Tiles are 32 rows in the interpreter, 64 on a GPU, where lengths are multiplied.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import Schedule
-from kernels.jagged.score_layout import ScoreLayout, count_scores
+from kernels.jagged.score_layout import ScoreLayout
 from kernels.jagged_concat import jagged_concat, jagged_last, jagged_split
 from kernels.jagged_elementwise import (
     jagged_dense_elementwise,
@@ -18,6 +18,7 @@ from kernels.jagged_elementwise import (
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
 from kernels.jagged_pooling import jagged_pool
 from kernels.jagged_softmax import jagged_score_softmax, jagged_softmax
+from kernels.score_pitch import count_scores
 from tests.kernels.jagged_operands import longer, make, offsets_of, with_gradients
 
 H, D = 2, 16

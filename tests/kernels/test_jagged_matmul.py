@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import Schedule
-from kernels.jagged.score_layout import BLOCK, ScoreLayout, count_scores
+from kernels.jagged.score_layout import BLOCK, ScoreLayout
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
 from kernels.jagged_matmul.reference import (
     reference_jagged_dense_bmm,
@@ -19,6 +19,8 @@ from kernels.jagged_matmul.reference import (
     reference_jagged_weighted_sum,
 )
 from kernels.jagged_matmul.scores import launch_scores, launch_weighted_sum
+from kernels.jagged_softmax import jagged_score_softmax
+from kernels.score_pitch import count_scores
 from tests.kernels.jagged_operands import DTYPES, LENGTHS, Users, assert_follows_reference, make, with_gradients
 
 CPU = torch.device("cpu")
@@ -132,6 +134,24 @@ def test_random_cases(seed: int, kernel_device: torch.device) -> None:
     check_jagged_bmm(own, kernel_device, dtype, H, D, N)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+def test_what_lies_behind_a_row_is_zero_and_takes_no_part(kernel_device: torch.device) -> None:
+    layout = SMALL.layout(kernel_device)
+    q, v = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16))
+    behind = torch.ones(64, dtype=torch.bool, device=kernel_device)
+    behind[:40].view(5, 8)[:, :5] = False
+    behind[40:].view(3, 8)[:, :3] = False
+    scores = jagged_scores(q, q, layout)
+    assert not scores[:, behind].any()
+    dirty = scores.masked_fill(behind, float("nan"))
+    for transposed in (False, True):
+        expected = jagged_weighted_sum(scores, v, layout, transposed=transposed)
+        assert torch.equal(jagged_weighted_sum(dirty, v, layout, transposed=transposed), expected)
+    softmax = jagged_score_softmax(scores, layout)
+    assert torch.equal(jagged_score_softmax(dirty, layout), softmax)
+    assert not softmax[:, behind].any()
+
+
 def test_strides_and_a_missing_head(kernel_device: torch.device) -> None:
     users = SMALL.on_device(kernel_device)
     schedule = users.schedule(kernel_device)
@@ -162,7 +182,7 @@ def test_strided_offsets(kernel_device: torch.device) -> None:
     x, w = make(kernel_device, torch.float32, (8, 2, 16), (2, 2, 16, 16))
     (dout,) = make(kernel_device, torch.float32, (8, 2, 16), seed=1)
     for schedule in (strided, users.schedule(kernel_device)):
-        layout = ScoreLayout(schedule, 34)
+        layout = ScoreLayout(schedule, 64)
 
         def everything(x: Tensor, w: Tensor) -> Tensor:
             out = jagged_dense_bmm(x, w + jagged_jagged_bmm(x, x, schedule), schedule)  # noqa: B023
@@ -252,10 +272,10 @@ def test_wrong_offsets_touch_no_foreign_memory(
     for i in range(3):
         start, key_start = max(min(queries[i], 8), 0), keys[i]
         tiles[i] = torch.tensor([start, min(5, 8 - start), key_start, keys[i + 1] - key_start, 0, 9, i, 0])
-    layout = ScoreLayout(schedule, 12)
+    layout = ScoreLayout(schedule, 16)
     q, k = torch.ones(8, 1, 16, device=kernel_device), torch.ones(12, 1, 16, device=kernel_device)
-    scores = launch_scores(q, k, tiles, layout.offsets, 12, 1.0, "ieee")
-    launch_weighted_sum(scores.new_ones(1, 12), k, tiles, layout.offsets, 8, 1.0, False, "ieee")
+    scores = launch_scores(q, k, tiles, layout.offsets, 16, 1.0, "ieee")
+    launch_weighted_sum(scores.new_ones(1, 16), k, tiles, layout.offsets, 8, 1.0, False, "ieee")
     assert len(made) == 2
     for whole in made:
         assert bool((whole[:1000] == 7.0).all())
@@ -265,19 +285,20 @@ def test_wrong_offsets_touch_no_foreign_memory(
 def test_a_wrong_number_of_scores_is_refused_or_leaves_users_out(kernel_device: torch.device) -> None:
     schedule = SMALL.schedule(kernel_device)
     if kernel_device.type == "cpu":
-        with pytest.raises(ValueError, match="the offsets make 34 scores, queries x keys by user, not 33"):
-            ScoreLayout(schedule, 33)
+        with pytest.raises(ValueError, match=r"the offsets make 64 scores \(`count_scores`\), not 56"):
+            ScoreLayout(schedule, 56)
     unchecked = SMALL.schedule(kernel_device)
     unchecked.check_values = False
     (q,) = make(kernel_device, torch.float32, (8, 1, 16))
-    scores = jagged_scores(q, q, ScoreLayout(unchecked, 26))  # the second user's nine don't fit any more
-    assert scores.shape == (1, 26)
-    assert torch.equal(scores[:, :25], jagged_scores(q, q, SMALL.layout(kernel_device))[:, :25])
+    scores = jagged_scores(q, q, ScoreLayout(unchecked, 56))  # the second user's 24 don't fit any more
+    assert scores.shape == (1, 56)
+    assert torch.equal(scores[:, :40], jagged_scores(q, q, SMALL.layout(kernel_device))[:, :40])
 
 
 def test_count_scores() -> None:
-    assert count_scores([5, 0, 3]) == 34
-    assert count_scores(torch.tensor([5, 0, 3]), [1, 2, 4]) == 17
+    assert count_scores([5, 0, 9]) == 5 * 8 + 9 * 16
+    assert count_scores(torch.tensor([5, 0, 3]), [1, 2, 16]) == 5 * 8 + 3 * 16
+    assert count_scores(torch.tensor([5, 0, 3]), torch.tensor([1, 2, 16])) == 5 * 8 + 3 * 16
     assert count_scores([70_000, 70_000]) == 9_800_000_000
     assert count_scores([]) == 0
     with pytest.raises(ValueError, match="2 users have query lengths, 1 have key lengths"):
@@ -298,18 +319,19 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "devices": (lambda s: jagged_jagged_bmm(ROWS, ROWS.to("meta"), s), "x on cpu, y on meta, offsets on cpu"),
     "y_of_other_rows": (lambda s: jagged_jagged_bmm(ROWS, ROWS[:7], s), r"shapes \(L, M\) and \(L, N\)"),
     "precision": (lambda s: jagged_jagged_bmm(ROWS, ROWS, s, precision="fp8"), "ieee, tf32, got 'fp8'"),
-    "head_dims": (lambda s: jagged_scores(HEADS, HEADS[..., :8], ScoreLayout(s, 34)), r"shapes \(L, H, D\)"),
+    "head_dims": (lambda s: jagged_scores(HEADS, HEADS[..., :8], ScoreLayout(s, 64)), r"shapes \(L, H, D\)"),
     "head_dim_257": (
-        lambda s: jagged_scores(torch.zeros(8, 1, 257), torch.zeros(8, 1, 257), ScoreLayout(s, 34)),
+        lambda s: jagged_scores(torch.zeros(8, 1, 257), torch.zeros(8, 1, 257), ScoreLayout(s, 64)),
         "D from 1 to 256",
     ),
-    "key_rows": (lambda s: jagged_scores(HEADS, HEADS[:7], ScoreLayout(s, 34)), "k has 7 rows"),
-    "weights": (lambda s: jagged_weighted_sum(torch.zeros(2, 33), HEADS, ScoreLayout(s, 34)), r"shape \(2, 34\)"),
+    "key_rows": (lambda s: jagged_scores(HEADS, HEADS[:7], ScoreLayout(s, 64)), "k has 7 rows"),
+    "weights": (lambda s: jagged_weighted_sum(torch.zeros(2, 63), HEADS, ScoreLayout(s, 64)), r"shape \(2, 64\)"),
     "long_user": (
-        lambda s: ScoreLayout(Schedule(torch.tensor([0, 5, 8]), 8, 3, check_values=True), 34),
+        lambda s: ScoreLayout(Schedule(torch.tensor([0, 5, 8]), 8, 3, check_values=True), 64),
         "user 0 has 5 tokens, more than max_seqlen=3",
     ),
-    "negative": (lambda s: ScoreLayout(s, -1), "at least 0 scores"),
+    "negative": (lambda s: ScoreLayout(s, -8), "number of scores that 8 divides, .*; got -8"),
+    "pairs": (lambda s: ScoreLayout(s, 34), "number of scores that 8 divides, .*; got 34"),
 }
 
 
@@ -352,7 +374,7 @@ def test_a_layout_made_while_compiling(kernel_device: torch.device) -> None:
     offsets = SMALL.offsets(kernel_device)
 
     def layer(q: Tensor, k: Tensor, offsets: Tensor) -> Tensor:
-        layout = ScoreLayout(Schedule(offsets, 8, 5, check_values=True), 34)
+        layout = ScoreLayout(Schedule(offsets, 8, 5, check_values=True), 64)
         return jagged_scores(q, k, layout)
 
     q, k = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16))
@@ -364,7 +386,7 @@ def test_a_layout_made_in_inference_mode_serves_training(kernel_device: torch.de
     with torch.inference_mode():
         layout = SMALL.layout(kernel_device)
     operands = make(kernel_device, torch.float32, (8, 2, 16), (8, 2, 16))
-    (dout,) = make(kernel_device, torch.float32, (2, 34), seed=1)
+    (dout,) = make(kernel_device, torch.float32, (2, 64), seed=1)
     _, dq, _ = with_gradients(lambda q, k: jagged_scores(q, k, layout), operands, dout)
     assert bool(dq.any())
 

