@@ -56,7 +56,7 @@ def jagged_dense_bmm(x: Tensor, w: Tensor, schedule: Schedule, *, precision: str
     require_triton(x.device)
     (tiles,) = schedule.query_tiles([BLOCK], causal=False)
     out = _dense_bmm_op(x, w, tiles, offsets, max_seqlen, precision)
-    return out if has_heads else out[:, 0]
+    return out if has_heads else out.squeeze(1)
 
 
 def jagged_jagged_bmm(x: Tensor, y: Tensor, schedule: Schedule, *, precision: str = "ieee") -> Tensor:
@@ -91,7 +91,7 @@ def jagged_jagged_bmm(x: Tensor, y: Tensor, schedule: Schedule, *, precision: st
     require_triton(x.device)
     (tiles,) = schedule.query_tiles([BLOCK], causal=False)
     out = _jagged_bmm_op(x, y, tiles, offsets, max_seqlen, precision)
-    return out if has_heads else out[:, 0]
+    return out if has_heads else out.squeeze(1)
 
 
 def jagged_scores(q: Tensor, k: Tensor, layout: ScoreLayout, *, scale: float = 1.0, precision: str = "ieee") -> Tensor:

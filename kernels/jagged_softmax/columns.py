@@ -1,6 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Softmax over the tokens of a user, a column at a time: one program per user and block of columns.
 
+A block on the chip has as many elements whether a user is short or long: few columns of many rows, or more columns of
+fewer rows. Users that are longer still are read twice.
+
 Names: see kernels/jagged/tiles.py; C columns, BL x BC a block of rows and columns.
 """
 
@@ -16,7 +19,9 @@ from kernels.jagged.tile_lists import load_user
 from kernels.jagged.tiles import load_columns, store_columns
 
 MAX_COLUMNS = 64  # of a program
+LEAST_COLUMNS = 16  # at a time, 32 bytes of 16-bit numbers: as much as memory gives at least
 BLOCK_SIZE = 4096  # elements that a program has at once
+NUM_WARPS = 4
 
 
 @triton.jit  # pragma: no cover
@@ -24,6 +29,16 @@ def load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C: tl.constexpr, BL: tl.
     """Rows in base 2, (BL, BC) float32; -inf past the user's end."""
     b_x = load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC).to(tl.float32) * scale_log2
     return tl.where(i_l + tl.arange(0, BL)[:, None] < n, b_x, float("-inf"))
+
+
+@triton.jit  # pragma: no cover
+def softmax_at_once(p_x, p_y, n, stride_x, i_c, scale_log2, C: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr):
+    """BC columns of a user of up to BL rows."""
+    b_x = load_scaled(p_x, 0, n, stride_x, i_c, scale_log2, C, BL, BC)
+    b_max = tl.max(b_x, 0)
+    b_p = tl.exp2(b_x - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
+    b_sum = tl.sum(b_p, 0)
+    store_columns(p_y, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[None, :], 0, n, C, i_c, C, BL, BC)
 
 
 @triton.jit(do_not_specialize=["total", "max_seqlen", "scale_log2"])  # pragma: no cover
@@ -38,18 +53,19 @@ def jagged_softmax_kernel(
     C: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """BC columns of one user, whose rows are read once if they fit into a block, else twice."""
+    """BC columns of one user: at once, or BC / SPLIT columns at a time if it has more rows; read twice if more yet."""
     start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
     i_c = tl.program_id(1) * BC
     p_x += start.to(tl.int64) * stride_x
     p_y += start.to(tl.int64) * C
     if n <= BL:
-        b_x = load_scaled(p_x, 0, n, stride_x, i_c, scale_log2, C, BL, BC)
-        b_max = tl.max(b_x, 0)
-        b_p = tl.exp2(b_x - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
-        b_sum = tl.sum(b_p, 0)
-        store_columns(p_y, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[None, :], 0, n, C, i_c, C, BL, BC)
+        softmax_at_once(p_x, p_y, n, stride_x, i_c, scale_log2, C, BL, BC)
+    elif n <= SPLIT * BL:
+        for i_part in range(SPLIT):
+            i_split = i_c + i_part * (BC // SPLIT)
+            softmax_at_once(p_x, p_y, n, stride_x, i_split, scale_log2, C, SPLIT * BL, BC // SPLIT)
     else:
         b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BC], dtype=tl.float32)
@@ -66,6 +82,15 @@ def jagged_softmax_kernel(
             store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, n, C, i_c, C, BL, BC)
 
 
+@triton.jit  # pragma: no cover
+def gradient_at_once(p_y, p_dy, p_dx, n, stride_dy, i_c, scale, C: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr):
+    """BC columns of a user of up to BL rows."""
+    b_y = load_columns(p_y, 0, n, C, i_c, C, BL, BC).to(tl.float32)
+    b_dy = load_columns(p_dy, 0, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
+    b_delta = tl.sum(b_y * b_dy, 0)
+    store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, 0, n, C, i_c, C, BL, BC)
+
+
 @triton.jit(do_not_specialize=["total", "max_seqlen", "scale"])  # pragma: no cover
 def jagged_softmax_backward_kernel(
     p_y,  # (L, C), contiguous
@@ -79,18 +104,20 @@ def jagged_softmax_backward_kernel(
     C: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """dx = scale y (dy - sum of y dy over the user's rows), of BC columns of one user."""
+    """dx = scale y (dy - sum of y dy over the user's rows), of BC columns of one user; in parts as the forward."""
     start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
     i_c = tl.program_id(1) * BC
     p_y += start.to(tl.int64) * C
     p_dy += start.to(tl.int64) * stride_dy
     p_dx += start.to(tl.int64) * C
     if n <= BL:
-        b_y = load_columns(p_y, 0, n, C, i_c, C, BL, BC).to(tl.float32)
-        b_dy = load_columns(p_dy, 0, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
-        b_delta = tl.sum(b_y * b_dy, 0)
-        store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, 0, n, C, i_c, C, BL, BC)
+        gradient_at_once(p_y, p_dy, p_dx, n, stride_dy, i_c, scale, C, BL, BC)
+    elif n <= SPLIT * BL:
+        for i_part in range(SPLIT):
+            i_split = i_c + i_part * (BC // SPLIT)
+            gradient_at_once(p_y, p_dy, p_dx, n, stride_dy, i_split, scale, C, SPLIT * BL, BC // SPLIT)
     else:
         b_delta = tl.zeros([BC], dtype=tl.float32)
         for i_l in range(0, n, BL):
@@ -106,11 +133,12 @@ launch_kernel = Launcher(jagged_softmax_kernel, "num_warps")
 launch_backward_kernel = Launcher(jagged_softmax_backward_kernel, "num_warps")
 
 
-def _shape(offsets: Tensor, width: int, max_seqlen: int) -> tuple[tuple[int, int], int, int]:
-    """Grid, rows and columns of a block."""
+def _shape(offsets: Tensor, width: int, max_seqlen: int) -> tuple[tuple[int, int], int, int, int]:
+    """Grid, rows and columns of a block, and into how many parts the columns of longer users are split."""
     columns = min(next_power_of_2(width), MAX_COLUMNS)
     rows = min(max(next_power_of_2(max(max_seqlen, 1)), 16), BLOCK_SIZE // columns)
-    return (offsets.shape[0] - 1, -(-width // columns)), rows, columns
+    split = max(columns // LEAST_COLUMNS, 1) if max_seqlen > rows else 1
+    return (offsets.shape[0] - 1, -(-width // columns)), rows, columns, split
 
 
 def launch_softmax(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
@@ -120,7 +148,9 @@ def launch_softmax(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) ->
     grid, *blocks = _shape(offsets, C, max_seqlen)
     if y.numel() == 0 or grid[0] == 0:
         return y
-    launch_kernel(grid, (), (x, y, offsets), (x.stride(0),), (L, max_seqlen, scale * LOG2_E), (C, *blocks), (4,))
+    launch_kernel(
+        grid, (), (x, y, offsets), (x.stride(0),), (L, max_seqlen, scale * LOG2_E), (C, *blocks), (NUM_WARPS,)
+    )
     return y
 
 
@@ -131,5 +161,7 @@ def launch_softmax_backward(y: Tensor, dy: Tensor, offsets: Tensor, max_seqlen: 
     grid, *blocks = _shape(offsets, C, max_seqlen)
     if y.numel() == 0 or grid[0] == 0:
         return dx
-    launch_backward_kernel(grid, (), (y, dy, dx, offsets), (dy.stride(0),), (L, max_seqlen, scale), (C, *blocks), (4,))
+    launch_backward_kernel(
+        grid, (), (y, dy, dx, offsets), (dy.stride(0),), (L, max_seqlen, scale), (C, *blocks), (NUM_WARPS,)
+    )
     return dx

@@ -85,7 +85,7 @@ def test_dtypes(columns: int, dtype: torch.dtype, kernel_device: torch.device) -
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,)])
+@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,), (256, 300)])
 def test_users_longer_than_a_block(lengths: tuple[int, ...], kernel_device: torch.device) -> None:
     """Read twice: more rows than a block of 64 columns has, more keys than one of scores."""
     check_columns(Users(lengths), kernel_device, torch.float32, columns=64, scale=1.5)
