@@ -22,6 +22,7 @@ MAX_COLUMNS = 64  # of a program
 LEAST_COLUMNS = 16  # at a time, 32 bytes of 16-bit numbers: as much as memory gives at least
 BLOCK_SIZE = 4096  # elements that a program has at once
 NUM_WARPS = 4
+STAGES = 2  # blocks that are on their way at once
 
 
 @triton.jit  # pragma: no cover
@@ -54,6 +55,7 @@ def jagged_softmax_kernel(
     BL: tl.constexpr,
     BC: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """BC columns of one user: at once, or BC / SPLIT columns at a time if it has more rows; read twice if more yet."""
     start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
@@ -69,7 +71,7 @@ def jagged_softmax_kernel(
     else:
         b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BC], dtype=tl.float32)
-        for i_l in range(0, n, BL):
+        for i_l in tl.range(0, n, BL, num_stages=STAGES):
             b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
             b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
             b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
@@ -77,7 +79,7 @@ def jagged_softmax_kernel(
             b_max = b_new_max
         b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-        for i_l in range(0, n, BL):
+        for i_l in tl.range(0, n, BL, num_stages=STAGES):
             b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
             store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, n, C, i_c, C, BL, BC)
 
@@ -105,6 +107,7 @@ def jagged_softmax_backward_kernel(
     BL: tl.constexpr,
     BC: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx = scale y (dy - sum of y dy over the user's rows), of BC columns of one user; in parts as the forward."""
     start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
@@ -120,10 +123,10 @@ def jagged_softmax_backward_kernel(
             gradient_at_once(p_y, p_dy, p_dx, n, stride_dy, i_split, scale, C, SPLIT * BL, BC // SPLIT)
     else:
         b_delta = tl.zeros([BC], dtype=tl.float32)
-        for i_l in range(0, n, BL):
+        for i_l in tl.range(0, n, BL, num_stages=STAGES):
             b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
             b_delta += tl.sum(b_y * load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32), 0)
-        for i_l in range(0, n, BL):
+        for i_l in tl.range(0, n, BL, num_stages=STAGES):
             b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
             b_dy = load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
             store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, i_l, n, C, i_c, C, BL, BC)
@@ -149,7 +152,7 @@ def launch_softmax(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) ->
     if y.numel() == 0 or grid[0] == 0:
         return y
     launch_kernel(
-        grid, (), (x, y, offsets), (x.stride(0),), (L, max_seqlen, scale * LOG2_E), (C, *blocks), (NUM_WARPS,)
+        grid, (), (x, y, offsets), (x.stride(0),), (L, max_seqlen, scale * LOG2_E), (C, *blocks, STAGES), (NUM_WARPS,)
     )
     return y
 
@@ -162,6 +165,6 @@ def launch_softmax_backward(y: Tensor, dy: Tensor, offsets: Tensor, max_seqlen: 
     if y.numel() == 0 or grid[0] == 0:
         return dx
     launch_backward_kernel(
-        grid, (), (y, dy, dx, offsets), (dy.stride(0),), (L, max_seqlen, scale), (C, *blocks), (NUM_WARPS,)
+        grid, (), (y, dy, dx, offsets), (dy.stride(0),), (L, max_seqlen, scale), (C, *blocks, STAGES), (NUM_WARPS,)
     )
     return dx

@@ -2,7 +2,8 @@
 """Softmax over the rows of jagged scores: one program per tile of queries and head, some rows at a time.
 
 A block on the chip has as many elements whether its rows are short or long: BR rows of BN keys for tiles that see few
-keys, 1/4 as many rows of 4 times as many keys for the others. What sees more keys still is read twice.
+keys, half as many rows of twice as many keys for those that see more, and so on for some classes of tiles. What sees
+more keys than the last class has is read twice.
 
 Names: see kernels/jagged/tiles.py; T scores of all users together, placed as kernels/jagged/score_layout.py says.
 """
@@ -26,8 +27,9 @@ from kernels.jagged.tiles import (
     visible_keys,
 )
 
-# Of a block that a program has at once: a row of up to 4 times so many keys is read once.
-ROWS, KEYS = (16, 16) if INTERPRETED else (32, 128)
+ROWS, KEYS = (16, 16) if INTERPRETED else (32, 64)  # of a block of the first class
+CLASSES = 3
+STAGES = 2  # blocks of scores that are on their way at once
 NUM_WARPS = 4
 
 
@@ -68,48 +70,71 @@ def seen_range(
 
 
 @triton.jit  # pragma: no cover
-def store_zeros(p_rows, i_m, lo, hi, n, num_keys, BR: tl.constexpr, BN: tl.constexpr):
-    """Zero whole blocks of keys, from lo to below hi."""
-    for i_n in range(lo, hi, BN):
-        store_scores(p_rows, tl.zeros([BR, BN], dtype=tl.float32), i_m, i_n, n, num_keys, BR, BN)
+def store_zeros_around(p_rows, i_first, end, lo, hi, n, num_keys, BR: tl.constexpr, BN: tl.constexpr):
+    """Zero, for queries i_first ... end, the keys before lo and from hi on, BN of them at a time."""
+    zeros = tl.zeros([BR, BN], dtype=tl.float32)
+    for i_m in range(i_first, end, BR):
+        for i_n in range(0, lo, BN):
+            store_scores(p_rows, zeros, i_m, i_n, n, num_keys, BR, BN)
+        for i_n in range(hi, num_keys, BN):
+            store_scores(p_rows, zeros, i_m, i_n, n, num_keys, BR, BN)
 
 
 @triton.jit  # pragma: no cover
-def softmax_of_tile(
-    p_s, p_p, i_first, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    ONCE: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
+def is_of_class(lo, hi, i_class: tl.constexpr, BN: tl.constexpr, CLASSES: tl.constexpr):
+    """Whether BN << i_class keys from a multiple of BN << (CLASSES - 1) on reach to hi, and half as many don't."""
+    fits = hi - lo <= BN << i_class
+    if i_class > 0:
+        fits = fits & (hi - lo > BN << (i_class - 1))
+    return fits
+
+
+@triton.jit  # pragma: no cover
+def softmax_at_once(
+    p_s, p_p, i_first, lo, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of BM queries, BR at a time; ONCE: what they see fits into BN keys."""
-    for i_m in range(i_first, tl.minimum(i_first + BM, n), BR):
+    """Probabilities of BM queries, BR at a time, which see at most the BN keys from lo on."""
+    end = tl.minimum(i_first + BM, n)
+    for i_m in tl.range(i_first, end, BR, num_stages=STAGES):
+        _, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        b_s = load_visible(
+            p_s, i_m, lo, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+        )
+        b_max = tl.max(b_s, 1)
+        b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+        b_sum = tl.sum(b_p, 1)
+        store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
+    store_zeros_around(p_p, i_first, end, lo, lo + BN, n, num_keys, BR, BN)
+
+
+@triton.jit  # pragma: no cover
+def softmax_in_turns(
+    p_s, p_p, i_first, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of BM queries, BR at a time, BN keys at a time."""
+    end = tl.minimum(i_first + BM, n)
+    for i_m in range(i_first, end, BR):
         lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-        store_zeros(p_p, i_m, 0, lo, n, num_keys, BR, BN)
-        if ONCE:
+        b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BR], dtype=tl.float32)
+        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
             b_s = load_visible(
-                p_s, i_m, lo, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+                p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
-            b_max = tl.max(b_s, 1)
-            b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
-            b_sum = tl.sum(b_p, 1)
-            store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
-        else:
-            b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
-            b_sum = tl.zeros([BR], dtype=tl.float32)
-            for i_n in range(lo, hi, BN):
-                b_s = load_visible(
-                    p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
-                )
-                b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-                b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing so far: -inf - (-inf) is NaN
-                b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
-                b_max = b_new_max
-            b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-            b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-            for i_n in range(lo, hi, BN):
-                b_s = load_visible(
-                    p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
-                )
-                store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BR, BN)
-        store_zeros(p_p, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
+            b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing so far: -inf - (-inf) is NaN
+            b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
+            b_max = b_new_max
+        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
+            b_s = load_visible(
+                p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
+            )
+            store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BR, BN)
+        store_zeros_around(p_p, i_m, i_m + 1, lo, lo + tl.cdiv(hi - lo, BN) * BN, n, num_keys, BR, BN)
 
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
@@ -126,9 +151,11 @@ def jagged_score_softmax_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
+    CLASSES: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Probabilities of BM queries of one user and head."""
     pid = tl.program_id(0)
@@ -144,22 +171,19 @@ def jagged_score_softmax_kernel(
     p_p += start
     i_m = i_tile * BM
     # Blocks of a window begin at a multiple of their keys, so that its first keys cost one more.
-    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, 4 * BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-    if hi <= BN:
-        softmax_of_tile(
+    MOST: tl.constexpr = BN << (CLASSES - 1)
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    if hi - lo > MOST:
+        softmax_in_turns(
             p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
-            BM, BR, BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
         )  # fmt: skip
-    elif hi - lo <= 4 * BN:
-        softmax_of_tile(
-            p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
-            BM, BR // 4, 4 * BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
-        )  # fmt: skip
-    else:
-        softmax_of_tile(
-            p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
-            BM, BR // 4, 4 * BN, False, CAUSAL, HAS_WINDOW, HAS_TARGETS,
-        )  # fmt: skip
+    for i_class in tl.static_range(CLASSES):
+        if is_of_class(lo, hi, i_class, BN, CLASSES):
+            softmax_at_once(
+                p_s, p_p, i_m, lo, n, num_keys, h, window, scale_log2,
+                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit  # pragma: no cover
@@ -174,27 +198,37 @@ def load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR: tl.constexpr, BN: tl
 
 
 @triton.jit  # pragma: no cover
-def gradient_of_tile(
-    p_p, p_dp, p_ds, i_first, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    ONCE: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
+def gradient_at_once(
+    p_p, p_dp, p_ds, i_first, lo, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the scores of BM queries, BR at a time; ONCE: what they see fits into BN keys."""
-    for i_m in range(i_first, tl.minimum(i_first + BM, n), BR):
+    """Gradients of the scores of BM queries, BR at a time, which see at most the BN keys from lo on."""
+    end = tl.minimum(i_first + BM, n)
+    for i_m in tl.range(i_first, end, BR, num_stages=STAGES):
+        _, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, hi, BR, BN)
+        b_delta = tl.sum(b_p * b_dp, 1)
+        store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, lo, n, num_keys, BR, BN)
+    store_zeros_around(p_ds, i_first, end, lo, lo + BN, n, num_keys, BR, BN)
+
+
+@triton.jit  # pragma: no cover
+def gradient_in_turns(
+    p_p, p_dp, p_ds, i_first, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the scores of BM queries, BR at a time, BN keys at a time."""
+    end = tl.minimum(i_first + BM, n)
+    for i_m in range(i_first, end, BR):
         lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-        store_zeros(p_ds, i_m, 0, lo, n, num_keys, BR, BN)
-        if ONCE:
-            b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, hi, BR, BN)
-            b_delta = tl.sum(b_p * b_dp, 1)
-            store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, lo, n, num_keys, BR, BN)
-        else:
-            b_delta = tl.zeros([BR], dtype=tl.float32)
-            for i_n in range(lo, hi, BN):
-                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
-                b_delta += tl.sum(b_p * b_dp, 1)
-            for i_n in range(lo, hi, BN):
-                b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
-                store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
-        store_zeros(p_ds, i_m, lo + tl.maximum(tl.cdiv(hi - lo, BN), 1) * BN, num_keys, n, num_keys, BR, BN)
+        b_delta = tl.zeros([BR], dtype=tl.float32)
+        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
+            b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
+            b_delta += tl.sum(b_p * b_dp, 1)
+        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
+            b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
+            store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
+        store_zeros_around(p_ds, i_m, i_m + 1, lo, lo + tl.cdiv(hi - lo, BN) * BN, n, num_keys, BR, BN)
 
 
 @triton.jit(do_not_specialize=["T", "window", "scale"])  # pragma: no cover
@@ -211,9 +245,11 @@ def jagged_score_softmax_backward_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
+    CLASSES: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """ds = scale p (dp - sum of p dp over the row), of BM queries of one user and head."""
     pid = tl.program_id(0)
@@ -229,22 +265,19 @@ def jagged_score_softmax_backward_kernel(
     p_dp += start
     p_ds += start
     i_m = i_tile * BM
-    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, 4 * BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
-    if hi <= BN:
-        gradient_of_tile(
+    MOST: tl.constexpr = BN << (CLASSES - 1)
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    if hi - lo > MOST:
+        gradient_in_turns(
             p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
-            BM, BR, BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
         )  # fmt: skip
-    elif hi - lo <= 4 * BN:
-        gradient_of_tile(
-            p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
-            BM, BR // 4, 4 * BN, True, CAUSAL, HAS_WINDOW, HAS_TARGETS,
-        )  # fmt: skip
-    else:
-        gradient_of_tile(
-            p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
-            BM, BR // 4, 4 * BN, False, CAUSAL, HAS_WINDOW, HAS_TARGETS,
-        )  # fmt: skip
+    for i_class in tl.static_range(CLASSES):
+        if is_of_class(lo, hi, i_class, BN, CLASSES):
+            gradient_at_once(
+                p_p, p_dp, p_ds, i_m, lo, n, num_keys, h, window, scale,
+                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
+            )  # fmt: skip
 
 
 launch_kernel = Launcher(jagged_score_softmax_kernel, "num_warps")
@@ -271,7 +304,7 @@ def launch_score_softmax(
         (scores, probabilities, query_tiles, score_offsets),
         (),
         (T, window or 0, scale * LOG2_E),
-        (H, BLOCK, ROWS, KEYS, causal, window is not None, has_targets),
+        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets, STAGES),
         (NUM_WARPS,),
     )
     return probabilities
@@ -298,7 +331,7 @@ def launch_score_softmax_backward(
         (probabilities, dout, dscores, query_tiles, score_offsets),
         (),
         (T, window or 0, scale),
-        (H, BLOCK, ROWS, KEYS, causal, window is not None, has_targets),
+        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets, STAGES),
         (NUM_WARPS,),
     )
     return dscores
