@@ -124,24 +124,22 @@ def first_score(p_offsets, i_user, n, num_keys, i_h, T):
 
 @triton.jit  # pragma: no cover
 def load_scores(p_user, i_m, i_n, n, num_keys, end, BM: tl.constexpr, BN: tl.constexpr):
-    """Scores of queries i_m ... i_m + BM and keys i_n ... i_n + BN of a user and head: (BM, BN).
+    """Scores of queries i_m ... i_m + BM and keys i_n ... i_n + BN of a user and head, as far as key `end`: (BM, BN).
 
-    Zero, and mostly not read, past the queries and from key `end` on, which is at most num_keys.
+    Zero from the multiple of 8 above `end` on, and past the queries; in between is whatever the memory holds.
     """
     o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     pitch = pitch_of(num_keys)
     p_tile = p_user + (tl.cast(i_m, tl.int64) * pitch + i_n) + (o_m * pitch + o_n)
-    b_s = tl.load(p_tile, mask=(i_m + o_m < n) & (i_n + o_n < pitch_of(end)), other=0.0)
-    return tl.where(i_n + o_n < end, b_s, 0.0)
+    return tl.load(p_tile, mask=(i_m + o_m < n) & (i_n + o_n < pitch_of(end)), other=0.0)
 
 
 @triton.jit  # pragma: no cover
 def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
-    """Write such a tile, as far as the user goes, with zero from the end of a row to the next."""
+    """Write such a tile, as far as the user goes; what it holds past the keys fills the row up to the next."""
     o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     pitch = pitch_of(num_keys)
     p_tile = p_user + (tl.cast(i_m, tl.int64) * pitch + i_n) + (o_m * pitch + o_n)
-    b_s = tl.where(i_n + o_n < num_keys, b_s, 0.0)
     tl.store(p_tile, b_s.to(p_user.dtype.element_ty), mask=(i_m + o_m < n) & (i_n + o_n < pitch))
 
 

@@ -109,6 +109,7 @@ def jagged_weighted_sum_kernel(
             b_s = tl.trans(load_scores(p_s, i_x, i_o, num_x, n, n, BX, BO))
         else:
             b_s = load_scores(p_s, i_o, i_x, n, num_x, num_x, BO, BX)
+            b_s = tl.where(i_x + tl.arange(0, BX)[None, :] < num_x, b_s, 0.0)  # whatever lies behind a row
         b_acc = tl.dot(b_s, b_x, b_acc, input_precision=PRECISION)
     store_tile(p_out + (start * H + i_h) * D, b_acc * scale, i_o, n, H * D, D, BO, BD)
 

@@ -1,13 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Softmax over the tokens of a user, a column at a time: one program per user and block of columns.
 
-A block on the chip has as many elements whether a user is short or long: few columns of many rows, or more columns of
-fewer rows. Users that are longer still are read twice.
+Users that fit into a block are read once, others twice.
 
 Names: see kernels/jagged/tiles.py; C columns, BL x BC a block of rows and columns.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,11 +19,21 @@ from kernels.jagged.launch import LOG2_E, Launcher, next_power_of_2
 from kernels.jagged.tile_lists import load_user
 from kernels.jagged.tiles import load_columns, store_columns
 
-MAX_COLUMNS = 64  # of a program
-LEAST_COLUMNS = 16  # at a time, 32 bytes of 16-bit numbers: as much as memory gives at least
-BLOCK_SIZE = 4096  # elements that a program has at once
-NUM_WARPS = 4
-STAGES = 2  # blocks that are on their way at once
+LONG = 512  # rows; where users may be longer, blocks are taller and programs more
+
+
+class Block(NamedTuple):
+    """What a program has at once."""
+
+    columns: int
+    """At most: where there are fewer, a block has more rows instead."""
+
+    elements: int
+    num_warps: int
+
+
+FORWARD, LONG_FORWARD = Block(64, 4096, 2), Block(16, 4096, 4)
+BACKWARD, LONG_BACKWARD = Block(64, 8192, 4), Block(32, 8192, 4)
 
 
 @triton.jit  # pragma: no cover
@@ -54,24 +65,18 @@ def jagged_softmax_kernel(
     C: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """BC columns of one user: at once, or BC / SPLIT columns at a time if it has more rows; read twice if more yet."""
+    """BC columns of one user."""
     start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
     i_c = tl.program_id(1) * BC
     p_x += start.to(tl.int64) * stride_x
     p_y += start.to(tl.int64) * C
     if n <= BL:
         softmax_at_once(p_x, p_y, n, stride_x, i_c, scale_log2, C, BL, BC)
-    elif n <= SPLIT * BL:
-        for i_part in range(SPLIT):
-            i_split = i_c + i_part * (BC // SPLIT)
-            softmax_at_once(p_x, p_y, n, stride_x, i_split, scale_log2, C, SPLIT * BL, BC // SPLIT)
     else:
         b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BC], dtype=tl.float32)
-        for i_l in tl.range(0, n, BL, num_stages=STAGES):
+        for i_l in range(0, n, BL):
             b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
             b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
             b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
@@ -79,7 +84,7 @@ def jagged_softmax_kernel(
             b_max = b_new_max
         b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-        for i_l in tl.range(0, n, BL, num_stages=STAGES):
+        for i_l in range(0, n, BL):
             b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
             store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, n, C, i_c, C, BL, BC)
 
@@ -106,10 +111,8 @@ def jagged_softmax_backward_kernel(
     C: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """dx = scale y (dy - sum of y dy over the user's rows), of BC columns of one user; in parts as the forward."""
+    """dx = scale y (dy - sum of y dy over the user's rows), of BC columns of one user."""
     start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
     i_c = tl.program_id(1) * BC
     p_y += start.to(tl.int64) * C
@@ -117,16 +120,12 @@ def jagged_softmax_backward_kernel(
     p_dx += start.to(tl.int64) * C
     if n <= BL:
         gradient_at_once(p_y, p_dy, p_dx, n, stride_dy, i_c, scale, C, BL, BC)
-    elif n <= SPLIT * BL:
-        for i_part in range(SPLIT):
-            i_split = i_c + i_part * (BC // SPLIT)
-            gradient_at_once(p_y, p_dy, p_dx, n, stride_dy, i_split, scale, C, SPLIT * BL, BC // SPLIT)
     else:
         b_delta = tl.zeros([BC], dtype=tl.float32)
-        for i_l in tl.range(0, n, BL, num_stages=STAGES):
+        for i_l in range(0, n, BL):
             b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
             b_delta += tl.sum(b_y * load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32), 0)
-        for i_l in tl.range(0, n, BL, num_stages=STAGES):
+        for i_l in range(0, n, BL):
             b_y = load_columns(p_y, i_l, n, C, i_c, C, BL, BC).to(tl.float32)
             b_dy = load_columns(p_dy, i_l, n, stride_dy, i_c, C, BL, BC).to(tl.float32)
             store_columns(p_dx, b_y * (b_dy - b_delta[None, :]) * scale, i_l, n, C, i_c, C, BL, BC)
@@ -136,23 +135,29 @@ launch_kernel = Launcher(jagged_softmax_kernel, "num_warps")
 launch_backward_kernel = Launcher(jagged_softmax_backward_kernel, "num_warps")
 
 
-def _shape(offsets: Tensor, width: int, max_seqlen: int) -> tuple[tuple[int, int], int, int, int]:
-    """Grid, rows and columns of a block, and into how many parts the columns of longer users are split."""
-    columns = min(next_power_of_2(width), MAX_COLUMNS)
-    rows = min(max(next_power_of_2(max(max_seqlen, 1)), 16), BLOCK_SIZE // columns)
-    split = max(columns // LEAST_COLUMNS, 1) if max_seqlen > rows else 1
-    return (offsets.shape[0] - 1, -(-width // columns)), rows, columns, split
+def _shape(offsets: Tensor, width: int, max_seqlen: int, block: Block) -> tuple[tuple[int, int], int, int]:
+    """Grid, rows and columns of a block."""
+    columns = min(next_power_of_2(width), block.columns)
+    rows = min(max(next_power_of_2(max(max_seqlen, 1)), 16), block.elements // columns)
+    return (offsets.shape[0] - 1, -(-width // columns)), rows, columns
 
 
 def launch_softmax(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """`(L, C)`, softmax of `scale x` over every user's rows; x contiguous in the last dimension."""
     L, C = x.shape
     y = torch.empty((L, C), dtype=x.dtype, device=x.device)
-    grid, *blocks = _shape(offsets, C, max_seqlen)
+    block = FORWARD if max_seqlen <= LONG else LONG_FORWARD
+    grid, *shape = _shape(offsets, C, max_seqlen, block)
     if y.numel() == 0 or grid[0] == 0:
         return y
     launch_kernel(
-        grid, (), (x, y, offsets), (x.stride(0),), (L, max_seqlen, scale * LOG2_E), (C, *blocks, STAGES), (NUM_WARPS,)
+        grid,
+        (),
+        (x, y, offsets),
+        (x.stride(0),),
+        (L, max_seqlen, scale * LOG2_E),
+        (C, *shape),
+        (block.num_warps,),
     )
     return y
 
@@ -161,10 +166,17 @@ def launch_softmax_backward(y: Tensor, dy: Tensor, offsets: Tensor, max_seqlen: 
     """Gradient of x `(L, C)` from that of y; y contiguous, dy contiguous in the last dimension."""
     L, C = y.shape
     dx = torch.empty_like(y)
-    grid, *blocks = _shape(offsets, C, max_seqlen)
+    block = BACKWARD if max_seqlen <= LONG else LONG_BACKWARD
+    grid, *shape = _shape(offsets, C, max_seqlen, block)
     if y.numel() == 0 or grid[0] == 0:
         return dx
     launch_backward_kernel(
-        grid, (), (y, dy, dx, offsets), (dy.stride(0),), (L, max_seqlen, scale), (C, *blocks, STAGES), (NUM_WARPS,)
+        grid,
+        (),
+        (y, dy, dx, offsets),
+        (dy.stride(0),),
+        (L, max_seqlen, scale),
+        (C, *shape),
+        (block.num_warps,),
     )
     return dx

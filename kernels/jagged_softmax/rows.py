@@ -28,8 +28,7 @@ from kernels.jagged.tiles import (
 )
 
 ROWS, KEYS = (16, 16) if INTERPRETED else (32, 64)  # of a block of the first class
-CLASSES = 3
-STAGES = 2  # blocks of scores that are on their way at once
+CLASSES = 3 if INTERPRETED else 4
 NUM_WARPS = 4
 
 
@@ -38,7 +37,7 @@ def load_visible(
     p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2, (BM, BN) float32; -inf where the query doesn't see the key, and from key hi on."""
+    """Scores in base 2, (BM, BN) float32; -inf where the query doesn't see the key. None of them sees hi or beyond."""
     o_m = (i_m + tl.arange(0, BM))[:, None]
     o_n = tl.arange(0, BN)[None, :]
     first, end = visible_keys(o_m, h, window, CAUSAL, HAS_WINDOW, HAS_TARGETS)
@@ -46,7 +45,7 @@ def load_visible(
     if HAS_TARGETS:
         mask = mask | ((o_m >= h) & (o_m == i_n + o_n))
     b_s = load_scores(p_s, i_m, i_n, n, num_keys, hi, BM, BN).to(tl.float32) * scale_log2
-    return tl.where(mask & (i_n + o_n < hi), b_s, float("-inf"))
+    return tl.where(mask, b_s, float("-inf"))
 
 
 @triton.jit  # pragma: no cover
@@ -92,11 +91,11 @@ def is_of_class(lo, hi, i_class: tl.constexpr, BN: tl.constexpr, CLASSES: tl.con
 @triton.jit  # pragma: no cover
 def softmax_at_once(
     p_s, p_p, i_first, lo, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of BM queries, BR at a time, which see at most the BN keys from lo on."""
     end = tl.minimum(i_first + BM, n)
-    for i_m in tl.range(i_first, end, BR, num_stages=STAGES):
+    for i_m in range(i_first, end, BR):
         _, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_s = load_visible(
             p_s, i_m, lo, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
@@ -111,7 +110,7 @@ def softmax_at_once(
 @triton.jit  # pragma: no cover
 def softmax_in_turns(
     p_s, p_p, i_first, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of BM queries, BR at a time, BN keys at a time."""
     end = tl.minimum(i_first + BM, n)
@@ -119,7 +118,7 @@ def softmax_in_turns(
         lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BR], dtype=tl.float32)
-        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
+        for i_n in range(lo, hi, BN):
             b_s = load_visible(
                 p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
@@ -129,7 +128,7 @@ def softmax_in_turns(
             b_max = b_new_max
         b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
+        for i_n in range(lo, hi, BN):
             b_s = load_visible(
                 p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
@@ -155,7 +154,6 @@ def jagged_score_softmax_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Probabilities of BM queries of one user and head."""
     pid = tl.program_id(0)
@@ -176,21 +174,22 @@ def jagged_score_softmax_kernel(
     if hi - lo > MOST:
         softmax_in_turns(
             p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
-            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
+            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
         )  # fmt: skip
     for i_class in tl.static_range(CLASSES):
         if is_of_class(lo, hi, i_class, BN, CLASSES):
             softmax_at_once(
                 p_s, p_p, i_m, lo, n, num_keys, h, window, scale_log2,
-                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
+                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,
             )  # fmt: skip
 
 
 @triton.jit  # pragma: no cover
 def load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR: tl.constexpr, BN: tl.constexpr):
-    """Probabilities, and the gradients of those that aren't zero, both (BR, BN) float32; zero from key hi on.
+    """Probabilities, and the gradients of those that aren't zero, both (BR, BN) float32.
 
-    What a query doesn't see takes no part, whatever gradient it has.
+    What a query doesn't see takes no part, whatever gradient it has; nor does what lies behind a row, where the forward
+    wrote zero.
     """
     b_p = load_scores(p_p, i_m, i_n, n, num_keys, hi, BR, BN).to(tl.float32)
     b_dp = load_scores(p_dp, i_m, i_n, n, num_keys, hi, BR, BN).to(tl.float32)
@@ -200,11 +199,11 @@ def load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR: tl.constexpr, BN: tl
 @triton.jit  # pragma: no cover
 def gradient_at_once(
     p_p, p_dp, p_ds, i_first, lo, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores of BM queries, BR at a time, which see at most the BN keys from lo on."""
     end = tl.minimum(i_first + BM, n)
-    for i_m in tl.range(i_first, end, BR, num_stages=STAGES):
+    for i_m in range(i_first, end, BR):
         _, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, hi, BR, BN)
         b_delta = tl.sum(b_p * b_dp, 1)
@@ -215,17 +214,17 @@ def gradient_at_once(
 @triton.jit  # pragma: no cover
 def gradient_in_turns(
     p_p, p_dp, p_ds, i_first, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores of BM queries, BR at a time, BN keys at a time."""
     end = tl.minimum(i_first + BM, n)
     for i_m in range(i_first, end, BR):
         lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_delta = tl.zeros([BR], dtype=tl.float32)
-        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
+        for i_n in range(lo, hi, BN):
             b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
             b_delta += tl.sum(b_p * b_dp, 1)
-        for i_n in tl.range(lo, hi, BN, num_stages=STAGES):
+        for i_n in range(lo, hi, BN):
             b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
             store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
         store_zeros_around(p_ds, i_m, i_m + 1, lo, lo + tl.cdiv(hi - lo, BN) * BN, n, num_keys, BR, BN)
@@ -249,7 +248,6 @@ def jagged_score_softmax_backward_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """ds = scale p (dp - sum of p dp over the row), of BM queries of one user and head."""
     pid = tl.program_id(0)
@@ -270,13 +268,13 @@ def jagged_score_softmax_backward_kernel(
     if hi - lo > MOST:
         gradient_in_turns(
             p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
-            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
+            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
         )  # fmt: skip
     for i_class in tl.static_range(CLASSES):
         if is_of_class(lo, hi, i_class, BN, CLASSES):
             gradient_at_once(
                 p_p, p_dp, p_ds, i_m, lo, n, num_keys, h, window, scale,
-                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS, STAGES,
+                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,
             )  # fmt: skip
 
 
@@ -304,7 +302,7 @@ def launch_score_softmax(
         (scores, probabilities, query_tiles, score_offsets),
         (),
         (T, window or 0, scale * LOG2_E),
-        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets, STAGES),
+        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return probabilities
@@ -331,7 +329,7 @@ def launch_score_softmax_backward(
         (probabilities, dout, dscores, query_tiles, score_offsets),
         (),
         (T, window or 0, scale),
-        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets, STAGES),
+        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return dscores

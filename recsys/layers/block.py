@@ -30,10 +30,19 @@ class JaggedBlock(nn.Module):
         mixer: how tokens of a user meet: attention, or mean pooling for comparison.
         width, num_heads, head_dim, ffn_width: sizes; `num_heads * head_dim` need not be `width`.
         dropout: probability on both residual branches.
+        compiled: whether `torch.compile` fuses what is done token by token; the mixer is called as it is.
     """
 
     def __init__(
-        self, mixer: Mixer, *, width: int, num_heads: int, head_dim: int, ffn_width: int, dropout: float
+        self,
+        mixer: Mixer,
+        *,
+        width: int,
+        num_heads: int,
+        head_dim: int,
+        ffn_width: int,
+        dropout: float,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -44,9 +53,18 @@ class JaggedBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(width)
         self.ffn = SwiGLU(width, ffn_width)
         self.dropout = nn.Dropout(dropout)
+        # Every batch has another number of tokens. All blocks run the same code, so it is compiled once for all.
+        self.before_mixing = torch.compile(self._before_mixing, dynamic=True) if compiled else self._before_mixing
+        self.after_mixing = torch.compile(self._after_mixing, dynamic=True) if compiled else self._after_mixing
 
     def forward(self, x_SW: Tensor, context: object) -> Tensor:
-        qkv_S3HD = self.qkv(self.mixer_norm(x_SW)).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv_S3HD = self.before_mixing(x_SW).unflatten(-1, (3, self.num_heads, self.head_dim))
         mixed_SHD = self.mixer(*torch.unbind(qkv_S3HD, dim=1), context)
-        x_SW = x_SW + self.dropout(self.mixer_out(mixed_SHD.flatten(1)))
+        return self.after_mixing(x_SW, mixed_SHD.flatten(1))
+
+    def _before_mixing(self, x_SW: Tensor) -> Tensor:
+        return self.qkv(self.mixer_norm(x_SW))
+
+    def _after_mixing(self, x_SW: Tensor, mixed_SE: Tensor) -> Tensor:
+        x_SW = x_SW + self.dropout(self.mixer_out(mixed_SE))
         return x_SW + self.dropout(self.ffn(self.ffn_norm(x_SW)))

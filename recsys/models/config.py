@@ -82,6 +82,10 @@ class ModelConfig:
     precision: Precision = Precision.auto
     """`auto`: bf16 autocast on CUDA, fp32 on a CPU."""
 
+    compiled: bool = False
+    """Whether `torch.compile` fuses what the blocks do token by token: norms, activations, residuals. The first steps
+    wait for it, about a minute."""
+
     def __post_init__(self) -> None:
         for name in (
             "width",

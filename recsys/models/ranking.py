@@ -69,6 +69,7 @@ class SequenceTower(nn.Module):
                 head_dim=config.head_dim,
                 ffn_width=config.ffn_width,
                 dropout=config.dropout,
+                compiled=config.compiled,
             )
             for _ in range(config.num_layers)
         )
