@@ -112,14 +112,19 @@ def pitch_of(num_keys):
 
 
 @triton.jit  # pragma: no cover
-def first_score(p_offsets, i_user, n, num_keys, i_h, T):
-    """First score of a user and head in `(H, T)`, which 8 divides; and whether all of them lie inside of the tensor.
+def first_score(p_offsets, i_user, n, num_keys, T):
+    """First score of a user in a row of `(H, T)`, which 8 divides; and whether all of them lie inside of the row.
 
     If not, nothing may be touched, whatever offsets and totals say.
     """
     start = tl.load(p_offsets + i_user) // 8 * 8
-    is_inside = (start >= 0) & (start + n.to(tl.int64) * pitch_of(num_keys) <= T)
-    return i_h.to(tl.int64) * (T // 8 * 8) + start, is_inside
+    return start, (start >= 0) & (start + n.to(tl.int64) * pitch_of(num_keys) <= T)
+
+
+@triton.jit  # pragma: no cover
+def first_of_head(i_h, T):
+    """First score of a head in `(H, T)`; 8 divides T, and here the compiler sees it."""
+    return tl.cast(i_h, tl.int64) * (T // 8 * 8)
 
 
 @triton.jit  # pragma: no cover
@@ -162,6 +167,6 @@ def store_columns(
     tl.store(p_part, b_part.to(p_rows.dtype.element_ty), mask=mask)
 
 
-def columns_per_tile(num_columns: int) -> int:
+def columns_per_tile(num_columns: int, most: int = 128) -> int:
     """How many columns of a matrix one program takes, where rows don't have to be held on the chip as a whole."""
-    return min(max(next_power_of_2(num_columns), 16), 64)
+    return min(max(next_power_of_2(num_columns), 16), most)

@@ -25,6 +25,7 @@ from kernels.jagged.tile_lists import load_user, tile_capacity
 from kernels.jagged.tiles import columns_per_tile, load_columns, load_entry, load_user_index, store_columns
 
 BLOCK_OF_SUMS = 16  # partial sums that are added at once
+BACKWARD_COLUMNS = 64  # of a tile, at most: three operands at once are many registers
 
 
 @triton.jit  # pragma: no cover
@@ -257,7 +258,7 @@ def launch_dense_elementwise_backward(
         return dx, ddense
     if L == 0 or tiles.shape[0] == 0:
         return dx, ddense.zero_()
-    block = columns_per_tile(C)
+    block = columns_per_tile(C, BACKWARD_COLUMNS)
     slots = tile_capacity(L, B, BLOCK) if needs_ddense else 0
     sums = torch.empty((slots, C), dtype=torch.float32, device=dout.device)
     x = dout if x is None else x

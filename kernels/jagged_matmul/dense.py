@@ -17,6 +17,7 @@ from kernels.jagged.tile_lists import load_user
 from kernels.jagged.tiles import load_columns, load_entry, load_user_index, store_columns
 
 MIN_WIDTH, MAX_WIDTH = 16, 64  # columns of a tile
+DENSE_WARPS, JAGGED_WARPS = 2, 4
 
 
 @triton.jit  # pragma: no cover
@@ -129,7 +130,7 @@ def launch_dense_bmm(x: Tensor, w: Tensor, tiles: Tensor, precision: str) -> Ten
         (*x.stride()[:2], *w.stride()),
         (),
         (H, K, N, BLOCK, _block_of(K), block, precision),
-        (4,),
+        (DENSE_WARPS,),
     )
     return out
 
@@ -156,6 +157,6 @@ def launch_jagged_bmm(x: Tensor, y: Tensor, offsets: Tensor, max_seqlen: int, pr
         (*x.stride()[:2], *y.stride()[:2]),
         (L, max_seqlen),
         (H, M, N, BLOCK, block_m, block_n, precision),
-        (4,),
+        (JAGGED_WARPS,),
     )
     return out

@@ -1,10 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Kernels that write or read jagged scores: queries x keys, and scores x values. One program per tile and head.
+"""Kernels that write or read jagged scores: queries x keys, and scores x values.
 
 Names: see kernels/jagged/tiles.py; T scores of all users together, placed as kernels/jagged/score_layout.py says.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,6 +16,7 @@ from torch import Tensor
 from kernels.jagged.launch import Launcher, grid_of, next_power_of_2
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
+    first_of_head,
     first_score,
     load_entry,
     load_scores,
@@ -47,25 +50,30 @@ def jagged_scores_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores of BM queries of one user and head with all of its keys."""
-    pid = tl.program_id(0)
-    i_h = pid % H
-    i_entry = pid // H
+    """Scores of BM queries of one user with all of its keys, one head after the other.
+
+    The heads are in one loop with the keys, though queries are then read for every tile of keys: tiles that are loaded
+    ahead hide how long memory takes, and many users have no more than one or two tiles of keys.
+    """
+    i_entry = tl.program_id(0)
     q_start, n, k_start, num_keys, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return
     i_m = i_tile * BM
-    s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, i_h, T)
+    s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, T)
     if not is_inside:
         return
-    p_q += q_start * stride_ql + i_h.to(tl.int64) * stride_qh
-    p_k += k_start * stride_kl + i_h.to(tl.int64) * stride_kh
+    p_q += q_start * stride_ql
+    p_k += k_start * stride_kl
     p_s += s_start
-    b_q = load_tile(p_q, i_m, n, stride_ql, D, BM, BD, True)
-    for i_n in range(0, num_keys, BN):
-        b_k = load_tile(p_k, i_n, num_keys, stride_kl, D, BN, BD, True)
+    tiles_of_keys = tl.cdiv(num_keys, BN)
+    for i in range(0, H * tiles_of_keys):
+        i_h = (i // tiles_of_keys).to(tl.int64)
+        i_n = i % tiles_of_keys * BN
+        b_q = load_tile(p_q + i_h * stride_qh, i_m, n, stride_ql, D, BM, BD, True)
+        b_k = load_tile(p_k + i_h * stride_kh, i_n, num_keys, stride_kl, D, BN, BD, True)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        store_scores(p_s, b_s, i_m, i_n, n, num_keys, BM, BN)
+        store_scores(p_s + first_of_head(i_h, T), b_s, i_m, i_n, n, num_keys, BM, BN)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])  # pragma: no cover
@@ -98,9 +106,9 @@ def jagged_weighted_sum_kernel(
     num_queries, num_keys = n, num_x
     if TRANSPOSED:
         num_queries, num_keys = num_x, n
-    s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), num_queries, num_keys, i_h, T)
+    s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), num_queries, num_keys, T)
     num_x = tl.where(is_inside, num_x, 0)
-    p_s += s_start
+    p_s += first_of_head(i_h, T) + s_start
     p_x += x_start * stride_xl + i_h.to(tl.int64) * stride_xh
     b_acc = tl.zeros([BO, BD], dtype=tl.float32)
     for i_x in range(0, num_x, BX):
@@ -118,18 +126,29 @@ launch_scores_kernel = Launcher(jagged_scores_kernel, "num_warps", "num_stages")
 launch_weighted_sum_kernel = Launcher(jagged_weighted_sum_kernel, "num_warps", "num_stages")
 
 
-def _stream_of(x: Tensor) -> tuple[int, int, int]:
-    """Columns of a tile of x, rows of those that stream by, and how many of them are on the chip at once.
+class Stream(NamedTuple):
+    """How rows stream by a program, by their bytes: all has to fit into the 99 KB of the smallest GPUs."""
 
-    By their bytes, so that all fit into the 99 KB that a program has on the smallest GPUs.
-    """
+    rows: int
+    """Of a tile."""
+
+    stages: int
+    """Tiles on the chip at once."""
+
+    num_warps: int = 4
+
+
+WIDE, WIDER, WIDEST = Stream(64, 2), Stream(64, 1), Stream(16, 1)  # rows of up to 256 bytes, 512 bytes, more
+SCORES, WEIGHTED_SUM, TRANSPOSED_SUM = Stream(128, 3, num_warps=8), Stream(64, 3), Stream(32, 4)  # up to 128 bytes
+
+
+def _stream_of(x: Tensor, narrow: Stream) -> tuple[int, Stream]:
+    """Columns of a tile of x, and how its rows stream by; `narrow` where they have up to 128 bytes."""
     columns = max(next_power_of_2(x.shape[2]), MIN_WIDTH)
     num_bytes = columns * x.element_size()
     if num_bytes <= 128:
-        return columns, BLOCK, 3
-    if num_bytes <= 256:
-        return columns, BLOCK, 2
-    return columns, BLOCK if num_bytes <= 512 else 16, 1
+        return columns, narrow
+    return columns, WIDE if num_bytes <= 256 else WIDER if num_bytes <= 512 else WIDEST
 
 
 def launch_scores(
@@ -148,15 +167,15 @@ def launch_scores(
     scores = q.new_empty((H, total))
     if total == 0 or query_tiles.shape[0] == 0:
         return scores
-    columns, rows, stages = _stream_of(k)
+    columns, stream = _stream_of(k, SCORES)
     launch_scores_kernel(
-        grid_of(query_tiles, H),
+        grid_of(query_tiles, 1),
         (),
         (q, k, scores, query_tiles, score_offsets),
         (*q.stride()[:2], *k.stride()[:2]),
         (total, scale),
-        (H, D, BLOCK, rows, columns, precision),
-        (4, stages),
+        (H, D, BLOCK, stream.rows, columns, precision),
+        (stream.num_warps, stream.stages),
     )
     return scores
 
@@ -185,14 +204,14 @@ def launch_weighted_sum(
     out = torch.empty((num_rows, H, D), dtype=x.dtype, device=x.device)
     if num_rows == 0 or tiles.shape[0] == 0:
         return out
-    columns, rows, stages = _stream_of(x)
+    columns, stream = _stream_of(x, TRANSPOSED_SUM if transposed else WEIGHTED_SUM)
     launch_weighted_sum_kernel(
         grid_of(tiles, H),
         (),
         (weights, x, out, tiles, score_offsets),
         x.stride()[:2],
         (weights.shape[1], scale),
-        (H, D, BLOCK, rows, columns, transposed, precision),
-        (4, stages),
+        (H, D, BLOCK, stream.rows, columns, transposed, precision),
+        (stream.num_warps, stream.stages),
     )
     return out

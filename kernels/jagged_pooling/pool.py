@@ -6,6 +6,8 @@ Names: see kernels/jagged/tiles.py; B users, BL x BC tiles of rows x columns.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -110,6 +112,19 @@ def jagged_pool_backward_kernel(
     store_columns(p_dx + start * C, b_dx, i_l, n, C, i_c, C, BL, BC)
 
 
+class Block(NamedTuple):
+    """What a program has at once."""
+
+    rows: int
+    columns: int
+    """At most."""
+
+    num_warps: int
+
+
+LONG = 512  # rows; where users may be longer, programs are more and larger
+POOL, LONG_POOL = Block(64, 64, 2), Block(128, 32, 8)
+
 launch_pool_kernel = Launcher(jagged_pool_kernel, "num_warps")
 launch_backward_kernel = Launcher(jagged_pool_backward_kernel, "num_warps")
 
@@ -128,15 +143,16 @@ def launch_pool(x: Tensor, offsets: Tensor, max_seqlen: int, mode: str) -> tuple
     first = torch.empty((B if mode == "max" else 0, C), dtype=torch.int32, device=x.device)
     if out.numel() == 0:
         return out, first
-    block = columns_per_tile(C)
+    block = POOL if max_seqlen <= LONG else LONG_POOL
+    columns = columns_per_tile(C, block.columns)
     launch_pool_kernel(
-        (B * -(-C // block),),
+        (B * -(-C // columns),),
         (),
         (x, out, first, offsets),
         (x.stride(0),),
         (L, max_seqlen),
-        (C, BLOCK, block, mode),
-        (4,),
+        (C, block.rows, columns, mode),
+        (block.num_warps,),
     )
     return out, first
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.jagged.launch import INTERPRETED, LOG2_E, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
+    first_of_head,
     first_score,
     is_visible,
     load_entry,
@@ -28,7 +29,7 @@ from kernels.jagged.tiles import (
 )
 
 ROWS, KEYS = (16, 16) if INTERPRETED else (32, 64)  # of a block of the first class
-CLASSES = 3 if INTERPRETED else 4
+CLASSES = 3 if INTERPRETED else 5
 NUM_WARPS = 4
 
 
@@ -162,9 +163,10 @@ def jagged_score_softmax_kernel(
     _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
     if n == 0:
         return
-    start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, i_h, T)
+    start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, T)
     if not is_inside:
         return
+    start += first_of_head(i_h, T)
     p_s += start
     p_p += start
     i_m = i_tile * BM
@@ -256,9 +258,10 @@ def jagged_score_softmax_backward_kernel(
     _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
     if n == 0:
         return
-    start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, i_h, T)
+    start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, T)
     if not is_inside:
         return
+    start += first_of_head(i_h, T)
     p_p += start
     p_dp += start
     p_ds += start
