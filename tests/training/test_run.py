@@ -115,6 +115,19 @@ def test_backends_agree_on_the_first_losses(tmp_path: Path, device: str) -> None
 
 
 @DEVICES
+def test_compiled_blocks_learn_the_same(tmp_path: Path, device: str) -> None:
+    by_compiled = {}
+    for compiled in (False, True):
+        run_dir = tmp_path / str(compiled)
+        config = small_run(run_dir, device, max_steps=4, final_eval=False, final_checkpoint=False, timeout_minutes=5.0)
+        config = replace(config, model=small_model_config(compiled=compiled))
+        run_distributed(train, config, world_size=1, backend=backend_of(device), init=False)
+        by_compiled[compiled] = losses(run_dir)
+    assert len(by_compiled[True]) == 4
+    assert by_compiled[True] == pytest.approx(by_compiled[False], rel=5e-3 if device == "cuda" else 1e-5)
+
+
+@DEVICES
 def test_the_pipelines_agree(tmp_path: Path, device: str) -> None:
     for kind in PipelineKind:
         config = small_run(tmp_path / kind.value, device, pipeline=kind, eval_every_steps=2, final_checkpoint=False)
