@@ -106,7 +106,9 @@ class DenseOptimizer(torch.optim.AdamW):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        # One kernel for all parameters; elsewhere torch decides, so that a run on a CPU goes on to the last bit.
+        fused = True if all(p.is_cuda for p in parameters) else None
+        super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         self.config, self.max_steps, self.skip_non_finite = config, max_steps, skip_non_finite
 
     def set_learning_rate(self, step: int) -> float:
