@@ -67,6 +67,27 @@ def test_dense_optimizer_clips_and_decays_matrices_only() -> None:
     assert float(torch.cat([g.flatten() for g in grads]).norm()) == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("clip_norm", [0.5, None])
+def test_dense_optimizer_of_one_kernel_does_what_many_do_on_a_cpu(clip_norm: float | None) -> None:
+    stepped = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Linear(16, 8)
+        gradients = [torch.randn_like(p) for p in model.parameters()]
+        model.to(device)
+        config = DenseOptimizerConfig(lr=0.1, clip_norm=clip_norm, warmup_steps=0)
+        optimizer = DenseOptimizer(model.named_parameters(), config)
+        assert all(bool(group["fused"]) == (device == "cuda") for group in optimizer.param_groups)
+        for _ in range(3):
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient.to(device)
+            optimizer.step()
+        stepped[device] = [p.detach().cpu() for p in model.parameters()]
+    for a, b in zip(stepped["cuda"], stepped["cpu"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("clip_norm", [1.0, None])
 def test_dense_optimizer_leaves_out_a_gradient_that_is_not_finite(clip_norm: float | None) -> None:
     model = nn.Linear(3, 2)
