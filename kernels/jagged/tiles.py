@@ -141,10 +141,11 @@ def load_scores(p_user, i_m, i_n, n, num_keys, end, BM: tl.constexpr, BN: tl.con
 
 @triton.jit  # pragma: no cover
 def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
-    """Write such a tile, as far as the user goes; what it holds past the keys fills the row up to the next."""
+    """Write such a tile, as far as the user goes, with zero from the end of a row to the next."""
     o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     pitch = pitch_of(num_keys)
     p_tile = p_user + (tl.cast(i_m, tl.int64) * pitch + i_n) + (o_m * pitch + o_n)
+    b_s = tl.where(i_n + o_n < num_keys, b_s, 0.0)  # also where a row isn't finite
     tl.store(p_tile, b_s.to(p_user.dtype.element_ty), mask=(i_m + o_m < n) & (i_n + o_n < pitch))
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged.launch import Launcher, grid_of, next_power_of_2
+from kernels.jagged.launch import INTERPRETED, Launcher, grid_of, next_power_of_2
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
     first_of_head,
@@ -53,7 +53,8 @@ def jagged_scores_kernel(
     """Scores of BM queries of one user with all of its keys, one head after the other.
 
     The heads are in one loop with the keys, though queries are then read for every tile of keys: tiles that are loaded
-    ahead hide how long memory takes, and many users have no more than one or two tiles of keys.
+    ahead hide how long memory takes, and many users have no more than one or two tiles of keys. Batches of few
+    tiles have fewer programs than the GPU could run.
     """
     i_entry = tl.program_id(0)
     q_start, n, k_start, num_keys, i_tile, _ = load_entry(p_tiles, i_entry)
@@ -62,6 +63,8 @@ def jagged_scores_kernel(
     i_m = i_tile * BM
     s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, T)
     if not is_inside:
+        return
+    if num_keys == 0:  # nothing to do, and no number of tiles to divide by
         return
     p_q += q_start * stride_ql
     p_k += k_start * stride_kl
@@ -139,7 +142,8 @@ class Stream(NamedTuple):
 
 
 WIDE, WIDER, WIDEST = Stream(64, 2), Stream(64, 1), Stream(16, 1)  # rows of up to 256 bytes, 512 bytes, more
-SCORES, WEIGHTED_SUM, TRANSPOSED_SUM = Stream(128, 3, num_warps=8), Stream(64, 3), Stream(32, 4)  # up to 128 bytes
+SCORES = Stream(32 if INTERPRETED else 128, 3, num_warps=8)  # up to 128 bytes
+WEIGHTED_SUM, TRANSPOSED_SUM = Stream(32 if INTERPRETED else 64, 3), Stream(32, 4)
 
 
 def _stream_of(x: Tensor, narrow: Stream) -> tuple[int, Stream]:
@@ -160,7 +164,7 @@ def launch_scores(
         q, k: `(L, H, D)`, `(keys, H, D)`, contiguous in the last dimension.
         query_tiles: `(entries, 8)`, tiles of BLOCK queries.
         score_offsets: `(B + 1,)` int64.
-        total: scores of all users.
+        total: T, as of the layout.
         scale, precision: as for `jagged_scores`.
     """
     _, H, D = q.shape

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jagged.launch import MAX_INT32, Launcher, grid_of
+from kernels.jagged.launch import INTERPRETED, MAX_INT32, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tile_lists import load_user
 from kernels.jagged.tiles import columns_per_tile, load_columns, load_entry, load_user_index, store_columns
@@ -123,7 +123,7 @@ class Block(NamedTuple):
 
 
 LONG = 512  # rows; where users may be longer, programs are more and larger
-POOL, LONG_POOL = Block(64, 64, 2), Block(128, 32, 8)
+POOL, LONG_POOL = Block(16 if INTERPRETED else 64, 64, 2), Block(128, 32, 8)
 
 launch_pool_kernel = Launcher(jagged_pool_kernel, "num_warps")
 launch_backward_kernel = Launcher(jagged_pool_backward_kernel, "num_warps")

@@ -24,6 +24,7 @@ from kernels.jagged.tiles import (
     load_entry,
     load_scores,
     load_user_index,
+    pitch_of,
     store_scores,
     visible_keys,
 )
@@ -51,17 +52,17 @@ def load_visible(
 
 @triton.jit  # pragma: no cover
 def seen_range(
-    i_m, n, num_keys, h, window, BR: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    i_m, n, num_keys, h, window, BR: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Keys before the first and from the second on are seen by none of BR queries; the first is a multiple of BN."""
+    """Keys before the first and from the second on are seen by none of BR queries; 8 divides the first."""
     lo, hi = 0, num_keys
     if CAUSAL:
         hi = tl.minimum(i_m + BR, num_keys)
     elif HAS_WINDOW:
         hi = tl.minimum(i_m + BR - 1 + window, num_keys)
     if HAS_WINDOW:
-        lo = tl.maximum(i_m - window + 1, 0) // BN * BN
+        lo = tl.maximum(i_m - window + 1, 0) // 8 * 8
     if HAS_TARGETS:  # candidates see the whole history, and themselves behind it
         has_candidate = tl.minimum(i_m + BR, n) > h
         lo = tl.where(has_candidate, 0, lo)
@@ -70,22 +71,23 @@ def seen_range(
 
 
 @triton.jit  # pragma: no cover
-def store_zeros_around(p_rows, i_first, end, lo, hi, n, num_keys, BR: tl.constexpr, BN: tl.constexpr):
-    """Zero, for queries i_first ... end, the keys before lo and from hi on, BN of them at a time."""
-    zeros = tl.zeros([BR, BN], dtype=tl.float32)
+def store_zeros(p_rows, i_first, end, lo, hi, num_keys, BR: tl.constexpr, BN: tl.constexpr):
+    """Zero keys lo ... hi, which 8 divides, of queries i_first ... end."""
+    o_m, o_n = tl.arange(0, BR)[:, None], tl.arange(0, BN)[None, :]
+    pitch = pitch_of(num_keys)
+    zeros = tl.zeros([BR, BN], dtype=p_rows.dtype.element_ty)
     for i_m in range(i_first, end, BR):
-        for i_n in range(0, lo, BN):
-            store_scores(p_rows, zeros, i_m, i_n, n, num_keys, BR, BN)
-        for i_n in range(hi, num_keys, BN):
-            store_scores(p_rows, zeros, i_m, i_n, n, num_keys, BR, BN)
+        p_group = p_rows + tl.cast(i_m, tl.int64) * pitch + o_m * pitch
+        for i_n in range(lo, hi, BN):
+            tl.store(p_group + (i_n + o_n), zeros, mask=(i_m + o_m < end) & (i_n + o_n < hi))
 
 
 @triton.jit  # pragma: no cover
-def is_of_class(lo, hi, i_class: tl.constexpr, BN: tl.constexpr, CLASSES: tl.constexpr):
-    """Whether BN << i_class keys from a multiple of BN << (CLASSES - 1) on reach to hi, and half as many don't."""
-    fits = hi - lo <= BN << i_class
+def is_of_class(num_seen, i_class: tl.constexpr, BN: tl.constexpr):
+    """Whether so many keys fit into BN << i_class, and not into half of it."""
+    fits = num_seen <= BN << i_class
     if i_class > 0:
-        fits = fits & (hi - lo > BN << (i_class - 1))
+        fits = fits & (num_seen > BN << (i_class - 1))
     return fits
 
 
@@ -97,7 +99,7 @@ def softmax_at_once(
     """Probabilities of BM queries, BR at a time, which see at most the BN keys from lo on."""
     end = tl.minimum(i_first + BM, n)
     for i_m in range(i_first, end, BR):
-        _, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        _, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_s = load_visible(
             p_s, i_m, lo, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
         )
@@ -105,7 +107,8 @@ def softmax_at_once(
         b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
         b_sum = tl.sum(b_p, 1)
         store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
-    store_zeros_around(p_p, i_first, end, lo, lo + BN, n, num_keys, BR, BN)
+    store_zeros(p_p, i_first, end, 0, lo, num_keys, BR, BN)
+    store_zeros(p_p, i_first, end, lo + BN, pitch_of(num_keys), num_keys, BR, BN)
 
 
 @triton.jit  # pragma: no cover
@@ -116,7 +119,7 @@ def softmax_in_turns(
     """Probabilities of BM queries, BR at a time, BN keys at a time."""
     end = tl.minimum(i_first + BM, n)
     for i_m in range(i_first, end, BR):
-        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BR], dtype=tl.float32)
         for i_n in range(lo, hi, BN):
@@ -134,7 +137,10 @@ def softmax_in_turns(
                 p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
             store_scores(p_p, tl.exp2(b_s - b_shift[:, None]) * b_norm[:, None], i_m, i_n, n, num_keys, BR, BN)
-        store_zeros_around(p_p, i_m, i_m + 1, lo, lo + tl.cdiv(hi - lo, BN) * BN, n, num_keys, BR, BN)
+        end_of_group = tl.minimum(i_m + BR, end)
+        store_zeros(p_p, i_m, end_of_group, 0, lo, num_keys, BR, BN)
+        after = lo + tl.cdiv(hi - lo, BN) * BN
+        store_zeros(p_p, i_m, end_of_group, after, pitch_of(num_keys), num_keys, BR, BN)
 
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
@@ -170,16 +176,15 @@ def jagged_score_softmax_kernel(
     p_s += start
     p_p += start
     i_m = i_tile * BM
-    # Blocks of a window begin at a multiple of their keys, so that its first keys cost one more.
     MOST: tl.constexpr = BN << (CLASSES - 1)
-    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     if hi - lo > MOST:
         softmax_in_turns(
             p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
             BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
         )  # fmt: skip
     for i_class in tl.static_range(CLASSES):
-        if is_of_class(lo, hi, i_class, BN, CLASSES):
+        if is_of_class(hi - lo, i_class, BN):
             softmax_at_once(
                 p_s, p_p, i_m, lo, n, num_keys, h, window, scale_log2,
                 BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,
@@ -206,11 +211,12 @@ def gradient_at_once(
     """Gradients of the scores of BM queries, BR at a time, which see at most the BN keys from lo on."""
     end = tl.minimum(i_first + BM, n)
     for i_m in range(i_first, end, BR):
-        _, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        _, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, hi, BR, BN)
         b_delta = tl.sum(b_p * b_dp, 1)
         store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, lo, n, num_keys, BR, BN)
-    store_zeros_around(p_ds, i_first, end, lo, lo + BN, n, num_keys, BR, BN)
+    store_zeros(p_ds, i_first, end, 0, lo, num_keys, BR, BN)
+    store_zeros(p_ds, i_first, end, lo + BN, pitch_of(num_keys), num_keys, BR, BN)
 
 
 @triton.jit  # pragma: no cover
@@ -221,7 +227,7 @@ def gradient_in_turns(
     """Gradients of the scores of BM queries, BR at a time, BN keys at a time."""
     end = tl.minimum(i_first + BM, n)
     for i_m in range(i_first, end, BR):
-        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+        lo, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_delta = tl.zeros([BR], dtype=tl.float32)
         for i_n in range(lo, hi, BN):
             b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
@@ -229,7 +235,10 @@ def gradient_in_turns(
         for i_n in range(lo, hi, BN):
             b_p, b_dp = load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR, BN)
             store_scores(p_ds, b_p * (b_dp - b_delta[:, None]) * scale, i_m, i_n, n, num_keys, BR, BN)
-        store_zeros_around(p_ds, i_m, i_m + 1, lo, lo + tl.cdiv(hi - lo, BN) * BN, n, num_keys, BR, BN)
+        end_of_group = tl.minimum(i_m + BR, end)
+        store_zeros(p_ds, i_m, end_of_group, 0, lo, num_keys, BR, BN)
+        after = lo + tl.cdiv(hi - lo, BN) * BN
+        store_zeros(p_ds, i_m, end_of_group, after, pitch_of(num_keys), num_keys, BR, BN)
 
 
 @triton.jit(do_not_specialize=["T", "window", "scale"])  # pragma: no cover
@@ -267,14 +276,14 @@ def jagged_score_softmax_backward_kernel(
     p_ds += start
     i_m = i_tile * BM
     MOST: tl.constexpr = BN << (CLASSES - 1)
-    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     if hi - lo > MOST:
         gradient_in_turns(
             p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
             BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
         )  # fmt: skip
     for i_class in tl.static_range(CLASSES):
-        if is_of_class(lo, hi, i_class, BN, CLASSES):
+        if is_of_class(hi - lo, i_class, BN):
             gradient_at_once(
                 p_p, p_dp, p_ds, i_m, lo, n, num_keys, h, window, scale,
                 BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.score_pitch import row_pitch
+from kernels.score_pitch import ROW_MULTIPLE, row_pitch
 
 T = TypeVar("T")
 
@@ -88,12 +88,13 @@ class JaggedLayout:
                 f"{self.num_users} users of at most max_seqlen={self.max_seqlen} tokens "
                 f"can't have total={self.total} tokens"
             )
-        least, most = self.total * row_pitch(1), self.total * row_pitch(self.max_seqlen)
-        if self.total_scores is not None and not least <= self.total_scores <= most:
-            raise ValueError(
-                f"total_scores is {self.total_scores}: `count_scores` of the lengths of users with {self.total} "
-                f"tokens, at most {self.max_seqlen} each, is from {least} to {most}"
-            )
+        if self.total_scores is not None:
+            least, most = self.total * row_pitch(1), self.total * row_pitch(self.max_seqlen)
+            if not least <= self.total_scores <= most or self.total_scores % ROW_MULTIPLE:
+                raise ValueError(
+                    f"total_scores is {self.total_scores}: `count_scores` of the lengths of users with {self.total} "
+                    f"tokens, at most {self.max_seqlen} each, is a multiple of {ROW_MULTIPLE} from {least} to {most}"
+                )
 
     @property
     def num_users(self) -> int:
@@ -131,12 +132,17 @@ class CrossLayout:
                 f"the queries are of {self.queries.num_users} users, the keys of {self.keys.num_users}: they must be "
                 "the same users"
             )
-        most = self.queries.total * row_pitch(self.keys.max_seqlen)
-        if self.total_scores is not None and not 0 <= self.total_scores <= most:
-            raise ValueError(
-                f"total_scores is {self.total_scores}: `count_scores` of {self.queries.total} queries of users with at "
-                f"most {self.keys.max_seqlen} keys is from 0 to {most}"
-            )
+        if self.total_scores is not None:
+            queries, keys = self.queries, self.keys
+            by_query = queries.total * row_pitch(keys.max_seqlen)
+            by_key = queries.max_seqlen * keys.total + queries.total * (ROW_MULTIPLE - 1)
+            most = min(by_query, by_key // ROW_MULTIPLE * ROW_MULTIPLE)
+            if not 0 <= self.total_scores <= most or self.total_scores % ROW_MULTIPLE:
+                raise ValueError(
+                    f"total_scores is {self.total_scores}: `count_scores` of {queries.total} queries and {keys.total} "
+                    f"keys, of users with at most {queries.max_seqlen} and {keys.max_seqlen}, is a multiple of "
+                    f"{ROW_MULTIPLE} from 0 to {most}"
+                )
 
     def cached(self, kind: str, build: Callable[[], T]) -> T:
         """`build()`, made once per layout: all layers of a step share it."""
@@ -155,7 +161,7 @@ class Request:
     mask: MaskSpec
     dropout_p: float
     knows_scores: bool = True
-    """The layout says how many pairs of query and key there are."""
+    """The layout says how many scores there are (`count_scores`)."""
 
 
 class AttentionBackend(ABC):

@@ -3,6 +3,9 @@
 Shapes: `S` tokens of the joined sequence, `W` model width, `H` heads, `D` head dim.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,18 +56,25 @@ class JaggedBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(width)
         self.ffn = SwiGLU(width, ffn_width)
         self.dropout = nn.Dropout(dropout)
-        # Every batch has another number of tokens. All blocks run the same code, so it is compiled once for all.
-        self.before_mixing = torch.compile(self._before_mixing, dynamic=True) if compiled else self._before_mixing
-        self.after_mixing = torch.compile(self._after_mixing, dynamic=True) if compiled else self._after_mixing
+        self.compiled = compiled
 
     def forward(self, x_SW: Tensor, context: object) -> Tensor:
-        qkv_S3HD = self.before_mixing(x_SW).unflatten(-1, (3, self.num_heads, self.head_dim))
+        before, after = _compiled_halves() if self.compiled else (_before_mixing, _after_mixing)
+        qkv_S3HD = before(self, x_SW).unflatten(-1, (3, self.num_heads, self.head_dim))
         mixed_SHD = self.mixer(*torch.unbind(qkv_S3HD, dim=1), context)
-        return self.after_mixing(x_SW, mixed_SHD.flatten(1))
+        return after(self, x_SW, mixed_SHD.flatten(1))
 
-    def _before_mixing(self, x_SW: Tensor) -> Tensor:
-        return self.qkv(self.mixer_norm(x_SW))
 
-    def _after_mixing(self, x_SW: Tensor, mixed_SE: Tensor) -> Tensor:
-        x_SW = x_SW + self.dropout(self.mixer_out(mixed_SE))
-        return x_SW + self.dropout(self.ffn(self.ffn_norm(x_SW)))
+def _before_mixing(block: JaggedBlock, x_SW: Tensor) -> Tensor:
+    return block.qkv(block.mixer_norm(x_SW))
+
+
+def _after_mixing(block: JaggedBlock, x_SW: Tensor, mixed_SE: Tensor) -> Tensor:
+    x_SW = x_SW + block.dropout(block.mixer_out(mixed_SE))
+    return x_SW + block.dropout(block.ffn(block.ffn_norm(x_SW)))
+
+
+@functools.cache
+def _compiled_halves() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Compiled once for all blocks; for any number of tokens, since every batch has another."""
+    return torch.compile(_before_mixing, dynamic=True), torch.compile(_after_mixing, dynamic=True)

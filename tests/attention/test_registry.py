@@ -109,7 +109,7 @@ def test_jagged_wants_the_number_of_scores(kernel_device: torch.device) -> None:
         ValueError, match=r"'jagged' can't do this: the layout has no total_scores.*: jagged_flash, sdpa, dense$"
     ):
         backends()["jagged"](q, q, q, JaggedLayout(OFFSETS.to(kernel_device), 3, 5), MaskSpec())
-    with pytest.raises(ValueError, match="total_scores is 34: `count_scores` .*, at most 3 each, is from 40 to 40"):
+    with pytest.raises(ValueError, match="total_scores is 34: .* at most 3 each, is a multiple of 8 from 40 to 40"):
         JaggedLayout(OFFSETS, 3, 5, total_scores=34)
 
 
@@ -117,8 +117,11 @@ def test_cross_attention_refuses_what_does_not_fit(kernel_device: torch.device) 
     layout = JaggedLayout(OFFSETS.to(kernel_device), 3, 5)
     with pytest.raises(ValueError, match="queries are of 2 users, the keys of 1: they must be the same users"):
         CrossLayout(layout, JaggedLayout(OFFSETS[[0, 2]], 5, 5))
-    with pytest.raises(ValueError, match="total_scores is 48: `count_scores` of 5 queries .* 3 keys is from 0 to 40"):
-        CrossLayout(layout, layout, total_scores=48)
+    for wrong in (48, 34):
+        with pytest.raises(
+            ValueError, match=f"total_scores is {wrong}: .* at most 3 and 3, is a multiple of 8 from 0 to 40"
+        ):
+            CrossLayout(layout, layout, total_scores=wrong)
     across = CrossLayout(layout, layout)
     q = torch.randn(5, 2, 16, device=kernel_device)
     for name, arguments, message in (

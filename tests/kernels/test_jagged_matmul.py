@@ -20,6 +20,7 @@ from kernels.jagged_matmul.reference import (
 )
 from kernels.jagged_matmul.scores import launch_scores, launch_weighted_sum
 from kernels.jagged_softmax import jagged_score_softmax
+from kernels.jagged_softmax.rows import launch_score_softmax, launch_score_softmax_backward
 from kernels.score_pitch import count_scores
 from tests.kernels.jagged_operands import DTYPES, LENGTHS, Users, assert_follows_reference, make, with_gradients
 
@@ -150,6 +151,11 @@ def test_what_lies_behind_a_row_is_zero_and_takes_no_part(kernel_device: torch.d
     softmax = jagged_score_softmax(scores, layout)
     assert torch.equal(jagged_score_softmax(dirty, layout), softmax)
     assert not softmax[:, behind].any()
+    infinite = q.clone()
+    infinite[1] = float("inf")
+    for broken in (jagged_scores(infinite, q, layout), jagged_score_softmax(scores * float("nan"), layout)):
+        assert bool(broken.isnan().any())
+        assert not broken[:, behind].any(), "not zero where a row isn't finite"
 
 
 def test_strides_and_a_missing_head(kernel_device: torch.device) -> None:
@@ -265,6 +271,7 @@ def test_wrong_offsets_touch_no_foreign_memory(
         return between_canaries(size[0], self.dtype, self.device)
 
     monkeypatch.setattr(torch, "empty", between_canaries)
+    monkeypatch.setattr(torch, "empty_like", lambda x: between_canaries(x.shape, x.dtype, x.device))
     monkeypatch.setattr(torch.Tensor, "new_empty", between)
     offsets, key_offsets = (torch.tensor(x, device=kernel_device) for x in (queries, keys))
     schedule = Schedule(offsets, 8, 5, key_offsets=key_offsets, total_keys=12, max_key_seqlen=9)
@@ -276,7 +283,9 @@ def test_wrong_offsets_touch_no_foreign_memory(
     q, k = torch.ones(8, 1, 16, device=kernel_device), torch.ones(12, 1, 16, device=kernel_device)
     scores = launch_scores(q, k, tiles, layout.offsets, 16, 1.0, "ieee")
     launch_weighted_sum(scores.new_ones(1, 16), k, tiles, layout.offsets, 8, 1.0, False, "ieee")
-    assert len(made) == 2
+    p = launch_score_softmax(scores, tiles, layout.offsets, 1.0, False, None, False)
+    launch_score_softmax_backward(p, p, tiles, layout.offsets, 1.0, False, None, False)
+    assert len(made) == 4
     for whole in made:
         assert bool((whole[:1000] == 7.0).all())
         assert bool((whole[-1000:] == 7.0).all())

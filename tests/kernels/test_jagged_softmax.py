@@ -85,12 +85,13 @@ def test_dtypes(columns: int, dtype: torch.dtype, kernel_device: torch.device) -
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,), (256, 300)])
+@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,), (256, 300), (600,)])
 def test_users_longer_than_a_block(lengths: tuple[int, ...], kernel_device: torch.device) -> None:
     """Read twice: more rows than a block of 64 columns has, more keys than one of scores."""
     check_columns(Users(lengths), kernel_device, torch.float32, columns=64, scale=1.5)
     check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=False, window=None, scale=1.5)
     check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=True, window=40, scale=1.5)
+    check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=False, window=5, scale=1.5)
 
 
 def test_what_is_minus_infinity_everywhere_gives_zero(kernel_device: torch.device) -> None:
