@@ -204,6 +204,7 @@ def capture(call: Calls, pool: Any) -> Callable[[], None]:
 
     `pool` is the graph's memory; graphs that share it write over each other's results, which nobody reads.
     """
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles; libraries set up their workspaces per stream, which a capture forbids
@@ -211,15 +212,33 @@ def capture(call: Calls, pool: Any) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        for i in range(CALLS_PER_REPLAY):
-            call(i)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            for i in range(CALLS_PER_REPLAY):
+                call(i)
+    except Exception:
+        _end_allocating(pool)
+        raise
 
     # The graph reads what the call does, inputs, masks and lists: they have to live as long as it.
     def replay(_reads: object = call) -> None:
         graph.replay()
 
     return replay
+
+
+def _end_allocating(pool: Any) -> None:
+    """After a capture that failed: torch ends its allocations to the pool only after one that didn't.
+
+    Until then the allocator gives no cached memory back, and a comparison soon has none left.
+    """
+    torch.cuda.synchronize()
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it has ended: the call failed, not the capture
+        return
+    torch._C._cuda_releasePool(device, pool)
 
 
 def _some_calls(call: Calls, calls: int) -> Callable[[], None]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -50,6 +51,14 @@ def test_every_choice_makes_a_model_here(choice: str) -> None:
     config = composed(choice, *layers, "data.batch_size=2")
     parts = build_parts(config, choose_device(config.trainer.device), world_size=2)
     assert parts.schema.tasks == ("click", "like")
+
+
+def test_compiled_blocks_without_a_compiler_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = composed("model=tiny", "model.compiled=true", "data.batch_size=2")
+    with pytest.raises(ValueError, match=r"compiled=true needs a C\+\+ compiler .* no-such-compiler can't be found"):
+        build_parts(config, torch.device("cpu"), world_size=2)
+    build_parts(config, torch.device("cuda" if torch.cuda.is_available() else "meta"), world_size=2)
 
 
 def test_the_root_of_the_benchmark_composes() -> None:

@@ -10,11 +10,11 @@ from kernels.jagged.launch import INTERPRETED, is_traced
 from kernels.jagged.schedule import Schedule
 from kernels.score_pitch import ROW_MULTIPLE, row_pitch
 
-BLOCK = 32 if INTERPRETED else 64  # rows of a tile of queries or keys, in all kernels that read or write scores
+BLOCK = 32 if INTERPRETED else 64  # rows of a tile of queries or keys, in most kernels that read or write scores
 
 
 class ScoreLayout:
-    """User b with m queries and l keys owns m x l scores of `(H, T)`, row by row, from `offsets[b]` on.
+    """User b with m queries and l keys owns m rows of l scores of `(H, T)` from `offsets[b]` on.
 
     A row begins at a multiple of 8 elements, so that it is read and written 16 bytes at a time: score (i, j) of user b
     and head h is element `[h, offsets[b] + i * row_pitch(l) + j]`. What lies between the end of a row and the next one

@@ -5,9 +5,7 @@
     dz = activation'(z) dropout(dout);  add: dx = dz, ddense = sum of dz over the user's rows
                                         mul: dx = dz dense[user], ddense = sum of dz x
 
-The backward computes z again. Each of its tiles writes one partial sum, a row of float32, and a second kernel adds a
-user's partial sums in their order, so that no two programs write to the same place. The tile of rows i BL ... of user
-b, whose first row is s, has slot s // BL + b + i, which no other tile has.
+The backward computes z again. Each of its tiles writes one partial sum of ddense (kernels/jagged/partial_sums.py).
 
 Names: see kernels/jagged/tiles.py; BL x BC tiles of rows x columns.
 """
@@ -20,11 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jagged.launch import Launcher, grid_of
+from kernels.jagged.partial_sums import launch_partial_sums, new_partial_sums, slot_of
 from kernels.jagged.score_layout import BLOCK
-from kernels.jagged.tile_lists import load_user, tile_capacity
 from kernels.jagged.tiles import columns_per_tile, load_columns, load_entry, load_user_index, store_columns
 
-BLOCK_OF_SUMS = 16  # partial sums that are added at once
 BACKWARD_COLUMNS = 64  # of a tile, at most: three operands at once are many registers
 
 
@@ -163,40 +160,13 @@ def jagged_dense_elementwise_backward_kernel(
         if OP == "mul":
             b_dz = b_dz * b_x
         # Past the end of the user dz is zero, because dout is; or NaN, where an infinite z makes all of it NaN anyway.
-        i_slot = start // BL + i_user + i_tile
+        i_slot = slot_of(start, i_user, i_tile, BL)
         o_c = i_c + tl.arange(0, BC)
         tl.store(p_sums + i_slot * C + o_c, tl.sum(b_dz, 0), mask=o_c < C)
 
 
-@triton.jit(do_not_specialize=["total", "max_seqlen"])  # pragma: no cover
-def sum_of_tiles_kernel(
-    p_sums,  # (slots, C) float32
-    p_out,  # (B, C), contiguous
-    p_offsets,  # (B + 1,)
-    total,
-    max_seqlen,
-    C: tl.constexpr,
-    BL: tl.constexpr,  # rows of a tile
-    BS: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Adds the partial sums of one user, BC columns; zero for a user without rows."""
-    pid = tl.program_id(0)
-    i_b = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
-    start, n = load_user(p_offsets, i_b, total, max_seqlen)
-    num_tiles = tl.cdiv(n, BL)
-    p_sums += (start // BL + i_b).to(tl.int64) * C
-    b_acc = tl.zeros([BS, BC], dtype=tl.float32)
-    for i_s in range(0, num_tiles, BS):
-        b_acc += load_columns(p_sums, i_s, num_tiles, C, i_c, C, BS, BC)
-    o_c = i_c + tl.arange(0, BC)
-    tl.store(p_out + i_b.to(tl.int64) * C + o_c, tl.sum(b_acc, 0).to(p_out.dtype.element_ty), mask=o_c < C)
-
-
 launch_forward_kernel = Launcher(jagged_dense_elementwise_kernel, "num_warps")
 launch_backward_kernel = Launcher(jagged_dense_elementwise_backward_kernel, "num_warps")
-launch_sum_kernel = Launcher(sum_of_tiles_kernel, "num_warps")
 
 
 def launch_dense_elementwise(
@@ -259,8 +229,7 @@ def launch_dense_elementwise_backward(
     if L == 0 or tiles.shape[0] == 0:
         return dx, ddense.zero_()
     block = columns_per_tile(C, BACKWARD_COLUMNS)
-    slots = tile_capacity(L, B, BLOCK) if needs_ddense else 0
-    sums = torch.empty((slots, C), dtype=torch.float32, device=dout.device)
+    sums = new_partial_sums(L if needs_ddense else 0, B if needs_ddense else 0, BLOCK, C, dout.device)
     x = dout if x is None else x
     dense = dout if dense is None else dense
     launch_backward_kernel(
@@ -273,13 +242,5 @@ def launch_dense_elementwise_backward(
         (4,),
     )
     if needs_ddense:
-        launch_sum_kernel(
-            (B * -(-C // block),),
-            (),
-            (sums, ddense, offsets),
-            (),
-            (L, max_seqlen),
-            (C, BLOCK, BLOCK_OF_SUMS, block),
-            (4,),
-        )
+        launch_partial_sums(sums, ddense, offsets, L, max_seqlen, BLOCK)
     return dx, ddense

@@ -106,7 +106,8 @@ def jagged_scores(q: Tensor, k: Tensor, layout: ScoreLayout, *, scale: float = 1
         precision: as for `jagged_dense_bmm`.
 
     Returns:
-        `(H, T)` in the dtype of q: user b's scores are m x l, row by row, from `layout.offsets[b]` on.
+        `(H, T)` in the dtype of q: user b's scores are m rows of l, each rounded up to a multiple of 8, from
+            `layout.offsets[b]` on.
 
     Raises:
         As `jagged_dense_bmm`.
@@ -177,7 +178,7 @@ def _dense_bmm_fake(x: Tensor, w: Tensor, *_: object) -> Tensor:
 
 @operator("jagged_jagged_bmm")
 def _jagged_bmm_op(x: Tensor, y: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
-    return launch_jagged_bmm(readable(x), readable(y), offsets.contiguous(), max_seqlen, precision).to(x.dtype)
+    return launch_jagged_bmm(readable(x), readable(y), tiles, offsets.contiguous(), max_seqlen, precision).to(x.dtype)
 
 
 @_jagged_bmm_op.register_fake

@@ -1,5 +1,7 @@
 """From a config to a model, checked on every rank before any of them waits for another."""
 
+import os
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +44,7 @@ def build_parts(config: TrainConfig, device: torch.device, world_size: int) -> P
     """Build source and model and check every choice against this device; no collective.
 
     Raises:
-        ValueError: an attention backend, a precision, a sharding or an embedding that can't be had here; every
+        ValueError: an attention backend, a precision, a compiler, a sharding or an embedding that can't be had here; every
             rank raises the same one.
     """
     source = build_source(config.data)
@@ -51,6 +53,8 @@ def build_parts(config: TrainConfig, device: torch.device, world_size: int) -> P
     mask = MaskSpec(causal=config.attention.causal, window=config.attention.window)
     if config.model.mixer is not MixerKind.mean_pool:
         _check_attention(config, backend, mask, device, autocast_dtype or torch.float32)
+    if config.model.compiled:
+        _check_compiler(device)
     dims = table_dims(config.model, source.schema)
     with torch.device(device):
         model = RankingModel(
@@ -71,6 +75,16 @@ def _autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype |
     if precision is Precision.bf16 or (precision is Precision.auto and device.type == "cuda"):
         return torch.bfloat16
     return None
+
+
+def _check_compiler(device: torch.device) -> None:
+    """torch.compile looks for one in the first step, when other ranks may already be waiting for this one."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise ValueError(
+            f"model.compiled=true needs a C++ compiler on a CPU, and {' or '.join(names)} can't be found (CXX names "
+            "another); without one set model.compiled=false"
+        )
 
 
 def _check_attention(

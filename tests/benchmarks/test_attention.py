@@ -22,7 +22,7 @@ from benchmarks.attention.rows import best_peer, fill_ratios, table
 from benchmarks.attention.run import Options, main, parse_options, run_benchmark
 from benchmarks.attention.shapes import SHAPES, Batch, Inputs, Shape, parse_shape, visible_pairs, work_of
 from benchmarks.rows import Row
-from benchmarks.timing import MODES, Ready, Timing, time_in_turns, turns_in_order
+from benchmarks.timing import MODES, Ready, Timing, _capture_or_none, time_in_turns, turns_in_order
 from kernels.jagged_flash_attention import dense_mask
 from tests.conftest import INTERPRETED
 
@@ -549,6 +549,22 @@ def test_what_fails_in_its_turn_is_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [row["status"] for row in found] == ["out of memory", "failed"] * 2
     assert [row["reason"] for row in found] == ["no memory", "RuntimeError: a bug"] * 2
     assert all(row.get("device_ms") is None for row in found)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_gives_its_memory_back() -> None:
+    x = torch.randn(2**20, device="cuda")
+
+    def waits(i: int) -> object:
+        return float(torch.cat([x] * 64).sum())  # 256 MiB, and the host waits, which a capture forbids
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        assert _capture_or_none(waits, torch.cuda.graph_pool_handle()) is None
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**26
+    assert _capture_or_none(lambda i: x + i, None) is not None
 
 
 @pytest.mark.gpu

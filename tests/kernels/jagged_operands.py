@@ -14,7 +14,7 @@ from kernels.jagged.score_layout import ScoreLayout
 from kernels.score_pitch import count_scores
 from tests.numerics import FORWARD_FACTOR, GRADIENT_FACTOR, assert_matches_reference
 
-# Tiles are 32 rows in the interpreter, 64 on a GPU, where lengths are multiplied.
+# Tiles are 16 to 64 rows in the interpreter, 64 and more on a GPU, where lengths are multiplied.
 LENGTHS: dict[str, tuple[int, ...]] = {
     "one_token": (1,),
     "one_user": (70,),

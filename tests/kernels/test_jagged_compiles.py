@@ -27,7 +27,7 @@ PORTABLE = (
     "padded_to_jagged_kernel",
     "jagged_dense_elementwise_kernel",
     "jagged_dense_elementwise_backward_kernel",
-    "sum_of_tiles_kernel",
+    "partial_sums_kernel",
     "jagged_pair_kernel",
     "jagged_pool_kernel",
     "jagged_pool_backward_kernel",

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.jagged import Schedule
 from kernels.jagged.score_layout import BLOCK, ScoreLayout
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
+from kernels.jagged_matmul.dense import PART_ROWS
 from kernels.jagged_matmul.reference import (
     reference_jagged_dense_bmm,
     reference_jagged_jagged_bmm,
@@ -111,6 +112,21 @@ def test_dtypes(dtype: torch.dtype, kernel_device: torch.device) -> None:
     check_jagged_bmm(users, kernel_device, dtype, H=1, M=32, N=16)
     check_scores(users, kernel_device, dtype, H=1, D=32, scale=0.2)
     check_weighted_sum(users, kernel_device, dtype, H=1, D=32, transposed=True)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_long_users_are_shared_by_programs(kernel_device: torch.device) -> None:
+    lengths = (5000, 3, 0, 2048) if kernel_device.type == "cuda" else (200, 3, 0, 64)
+    users = Users(lengths)
+    schedule, offsets = users.schedule(kernel_device), users.offsets(kernel_device)
+    assert max(lengths) > 2 * PART_ROWS
+    x, y = make(kernel_device, torch.float32, (users.total, 2, 20), (users.total, 2, 70))
+    assert_follows_reference(
+        lambda x, y: jagged_jagged_bmm(x, y, schedule),
+        lambda x, y: reference_jagged_jagged_bmm(x, y, offsets),
+        [x, y],
+        magnitude=max(lengths) ** 0.5,
+    )
 
 
 def random_case(seed: int) -> tuple[Users, torch.dtype, dict[str, int]]:
