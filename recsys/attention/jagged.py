@@ -20,7 +20,8 @@ MAX_HEAD_DIM = 256
 class Jagged(AttentionBackend):
     """Jagged matmul, jagged softmax, jagged matmul: no padding, but every user's square of scores is kept.
 
-    Memory grows with the sum of the squared lengths (rows of scores are rounded up to 8), where `dense` needs users x square of the longest.
+    Memory grows with the sum of the squared lengths (rows of scores are rounded up to 8), where `dense` needs users x
+    square of the longest.
     """
 
     name = "jagged"

@@ -44,8 +44,8 @@ def build_parts(config: TrainConfig, device: torch.device, world_size: int) -> P
     """Build source and model and check every choice against this device; no collective.
 
     Raises:
-        ValueError: an attention backend, a precision, a compiler, a sharding or an embedding that can't be had here; every
-            rank raises the same one.
+        ValueError: an attention backend, a precision, a compiler, a sharding or an embedding that can't be had here;
+            every rank raises the same one.
     """
     source = build_source(config.data)
     autocast_dtype = _autocast_dtype(config.model.precision, device)
