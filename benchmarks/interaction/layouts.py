@@ -61,6 +61,17 @@ class Layouts:
         """`(B, S, S)`, made anew: it is large."""
         return self.is_token[:, :, None] & self.is_token[:, None, :]
 
+    @cached_property
+    def offsets(self) -> Tensor:
+        """`(B + 1,)` int64, the same object each time: by it torch knows that nested tensors fit."""
+        return self.batch.offsets.long()
+
+    def nested(self, x: Tensor) -> Tensor:
+        """`(L, ...)` as torch's nested tensor `(B, lengths, ...)`, a view."""
+        return torch.nested.nested_tensor_from_jagged(
+            x, self.offsets, min_seqlen=min(self.batch.lengths), max_seqlen=self.batch.max_seqlen
+        )
+
     def pad_rows(self, x: Tensor) -> Tensor:
         """`(L, ...)` to `(B, S, ...)`, zero where there is no token."""
         padded = x.new_zeros((*self.is_token.shape, *x.shape[1:]))

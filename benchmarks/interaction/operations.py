@@ -173,6 +173,7 @@ class JaggedDenseBmm(Operation):
         return {
             OURS: Provider(lambda x, w: jagged_dense_bmm(x, w, layouts.schedule)),
             PADDED: Provider(torch.bmm, (pad, _same), (unpad, _same), unpad, pad),
+            "nested": Provider(lambda x, w: torch.bmm(layouts.nested(x), w).values()),
             "fbgemm": Provider(
                 lambda x, w: ops.jagged_dense_bmm(x, offsets, w, longest)[0], cuda_only=True, needs="fbgemm_gpu"
             ),
@@ -209,6 +210,7 @@ class JaggedJaggedBmm(Operation):
         return {
             OURS: Provider(lambda x, y: jagged_jagged_bmm(x, y, layouts.schedule)),
             PADDED: Provider(lambda x, y: x.transpose(1, 2) @ y, (pad, pad), (unpad, unpad)),
+            "nested": Provider(lambda x, y: layouts.nested(x).transpose(1, 2) @ layouts.nested(y)),
             "fbgemm": Provider(
                 lambda x, y: ops.jagged_jagged_bmm(x, y, offsets, longest), cuda_only=True, needs="fbgemm_gpu"
             ),
@@ -327,6 +329,7 @@ class JaggedSoftmax(Operation):
         layouts, batch = self.layouts, self.batch
         pad, unpad = layouts.pad_rows, layouts.unpad_rows
         hidden = ~layouts.is_token[:, :, None]
+        # Not of nested tensors: the gradient of their softmax over tokens is wrong (torch 2.13).
         offsets = batch.offsets.long()
         return {
             OURS: Provider(lambda x: jagged_softmax(x, layouts.schedule)),
@@ -447,6 +450,7 @@ class JaggedDenseElementwise(RowOperation):
             OURS: Provider(lambda x, dense: jagged_dense_elementwise(x, dense, layouts.schedule, activation="silu")),
             PADDED: Provider(lambda x, dense: F.silu(x + dense[:, None]), (pad, _same), (unpad, _same), unpad, pad),
             "torch": Provider(lambda x, dense: F.silu(x + dense.index_select(0, user))),
+            "nested": Provider(lambda x, dense: F.silu(layouts.nested(x) + dense[:, None]).values()),
         }
 
 
@@ -523,6 +527,9 @@ class JaggedToPadded(RowOperation):
         layouts, batch = self.layouts, self.batch
         return {
             OURS: Provider(lambda x: jagged_to_padded(x, layouts.schedule)),
+            "nested": Provider(
+                lambda x: layouts.nested(x).to_padded_tensor(0.0, (self.shape.users, batch.max_seqlen, x.shape[1]))
+            ),
             "fbgemm": Provider(
                 lambda x: torch.ops.fbgemm.jagged_to_padded_dense(x, [batch.offsets], [batch.max_seqlen], 0.0),
                 needs="fbgemm_gpu",
@@ -535,4 +542,4 @@ _ALL: tuple[type[Operation], ...] = (
     JaggedDenseElementwise, JaggedPool, JaggedConcat, JaggedToPadded,
 )  # fmt: skip
 OPERATIONS: dict[str, type[Operation]] = {operation.name: operation for operation in _ALL}
-PROVIDERS = (OURS, PADDED, "torch", "fbgemm", "sll")
+PROVIDERS = (OURS, PADDED, "torch", "nested", "fbgemm", "sll")

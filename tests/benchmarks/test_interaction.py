@@ -163,7 +163,7 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("--operations conv", "there is no operation conv: allowed are jagged_dense_bmm"),
         ("--shapes S9", "there is no shape S9: allowed are S1"),
-        ("--providers fa4", "there is no provider fa4: allowed are ours, padded, torch, fbgemm, sll"),
+        ("--providers fa4", "there is no provider fa4: allowed are ours, padded, torch, nested, fbgemm, sll"),
         ("--repeats 0", "--repeats is 0"),
         ("--shape name=X,users=1,heads=2,kv_heads=1,head_dim=16,mean=1,max=1", "here all have as many heads, 2"),
     ],
