@@ -4,6 +4,6 @@
     python -m benchmarks.interaction --shapes S1,M1 --operations jagged_softmax --providers ours,padded
     TRITON_INTERPRET=1 python -m benchmarks.interaction --device cpu --shapes tiny
 
-`operations.py` has the operations, what they cost at least and who does them; shapes are those of the attention bench,
+`operations/` has the operations, what they cost at least and who does them; shapes are those of the attention bench,
 `../timing.py` says how time and memory are taken, `../rows.py` how a provider fared.
 """
