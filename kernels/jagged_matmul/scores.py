@@ -27,6 +27,7 @@ from kernels.jagged.tiles import (
 )
 
 MIN_WIDTH = 16  # of what a tensor core multiplies
+TILES_TO_FILL_A_GPU = 6 if INTERPRETED else 512  # with fewer, every head has programs of its own
 
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
@@ -48,15 +49,17 @@ def jagged_scores_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program
     PRECISION: tl.constexpr,
 ):
-    """Scores of BM queries of one user with all of its keys, one head after the other.
+    """Scores of BM queries of one user with all of its keys, HEADS heads one after the other.
 
-    The heads are in one loop with the keys, though queries are then read for every tile of keys: tiles that are loaded
-    ahead hide how long memory takes, and many users have no more than one or two tiles of keys. Batches of few
-    tiles have fewer programs than the GPU could run.
+    These heads are in one loop with the keys, though queries are then read for every tile of keys: tiles that are
+    loaded ahead hide how long memory takes, and many users have no more than one or two tiles of keys.
     """
-    i_entry = tl.program_id(0)
+    pid = tl.program_id(0)
+    first_head = pid % (H // HEADS) * HEADS
+    i_entry = pid // (H // HEADS)
     q_start, n, k_start, num_keys, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return
@@ -70,8 +73,8 @@ def jagged_scores_kernel(
     p_k += k_start * stride_kl
     p_s += s_start
     tiles_of_keys = tl.cdiv(num_keys, BN)
-    for i in range(0, H * tiles_of_keys):
-        i_h = (i // tiles_of_keys).to(tl.int64)
+    for i in range(0, HEADS * tiles_of_keys):
+        i_h = (first_head + i // tiles_of_keys).to(tl.int64)
         i_n = i % tiles_of_keys * BN
         b_q = load_tile(p_q + i_h * stride_qh, i_m, n, stride_ql, D, BM, BD, True)
         b_k = load_tile(p_k + i_h * stride_kh, i_n, num_keys, stride_kl, D, BN, BD, True)
@@ -172,13 +175,14 @@ def launch_scores(
     if total == 0 or query_tiles.shape[0] == 0:
         return scores
     columns, stream = _stream_of(k, SCORES)
+    heads = H if query_tiles.shape[0] >= TILES_TO_FILL_A_GPU else 1
     launch_scores_kernel(
-        grid_of(query_tiles, 1),
+        grid_of(query_tiles, H // heads),
         (),
         (q, k, scores, query_tiles, score_offsets),
         (*q.stride()[:2], *k.stride()[:2]),
         (total, scale),
-        (H, D, BLOCK, stream.rows, columns, precision),
+        (H, D, BLOCK, stream.rows, columns, heads, precision),
         (stream.num_warps, stream.stages),
     )
     return scores
