@@ -131,6 +131,10 @@ def call_unfused(dtype: torch.dtype, head_dim: int) -> None:
     last, _ = jagged_last(first, schedule, 9, sum(min(n, 9) for n in LENGTHS))
     pooled = [jagged_pool(first, schedule, mode).sum() for mode in ("mean", "max")]
     (last.sum() + pooled[0] + pooled[1]).backward()
+    for_long = Schedule(offsets, total, 8192)
+    jagged_jagged_bmm(q, k, for_long)
+    jagged_softmax(q.flatten(1), for_long).sum().backward()
+    jagged_pool(q.flatten(1), for_long, "mean")
 
 
 def use_hopper_kernels(number: int) -> None:

@@ -27,6 +27,7 @@ PORTABLE = (
     "padded_to_jagged_kernel",
     "jagged_dense_elementwise_kernel",
     "jagged_dense_elementwise_backward_kernel",
+    "jagged_jagged_bmm_parts_kernel",
     "partial_sums_kernel",
     "jagged_pair_kernel",
     "jagged_pool_kernel",
