@@ -12,11 +12,10 @@ drawn from a few kinds (head dim, mask, dtype, ...), because compiling kernels t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, RESULTS, ROW_LIMIT
+from benchmarks.poison import poisoned_memory
 from kernels.jagged import unavailable_reason
 from kernels.jagged_flash_attention import jagged_flash_attention, reference_attention
 
@@ -146,20 +146,6 @@ def _draw_lengths(kind: Kind, rng: random.Random, device: torch.device, num_user
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device)
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """What `torch.empty` gives is NaN, and the greatest integer, instead of what was there."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)  # among other things fills what nobody has written
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def run_case(case: Case) -> list[Tensor]:

@@ -21,6 +21,7 @@ from benchmarks.csv_file import append_rows, check_columns
 from benchmarks.interaction.layouts import Layouts
 from benchmarks.interaction.operations import OPERATIONS, OURS, PADDED, PROVIDERS, Operation, Provider
 from benchmarks.options import DTYPES, names_of, shape_of
+from benchmarks.poison import poisoned_memory
 from benchmarks.rows import (
     ABSENT,
     INACCURATE,
@@ -254,7 +255,8 @@ def _prepare(
     converted = [
         Set([one(x) for one, x in zip(convert, operands, strict=True)], convert_dout(dout)) for operands, dout in sets
     ]
-    results = _results(provider.call, *converted[0], mode)
+    with poisoned_memory():
+        results = _results(provider.call, *converted[0], mode)
     restore = [provider.result, *(provider.gradients or [lambda x: x] * len(convert))]
     pairs = zip(restore, results, exact, strict=False)
     error = max(operation.layouts.worst_error(one(actual), expected) for one, actual, expected in pairs)

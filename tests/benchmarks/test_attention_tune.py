@@ -18,6 +18,7 @@ from benchmarks.attention import kernel_bench, soak, tune
 from benchmarks.attention.candidates import KERNELS, Candidate, candidates, describe, shared_memory
 from benchmarks.attention.kernel_bench import Bench, Setting, disagreement, replace_tile
 from benchmarks.attention.tune import Job, Tuner, choose, find_output, merge_rows, parse_options, tune_all
+from benchmarks.poison import poisoned_memory
 from kernels.jagged_flash_attention.hopper.one_group.config import OneGroupConfig
 from kernels.jagged_flash_attention.hopper.two_groups.config import TwoGroupForwardConfig
 from kernels.jagged_flash_attention.tuning import (
@@ -391,7 +392,7 @@ def test_soak_draws_the_same_batch_again_with_nan_around_it() -> None:
 
 
 def test_soak_poisons_fresh_memory() -> None:
-    with soak.poisoned_memory():
+    with poisoned_memory():
         assert torch.empty(5).isnan().all()
         assert torch.empty_like(torch.zeros(3)).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()

@@ -122,6 +122,20 @@ def test_a_wrong_result_is_marked(name: str, wrong: str) -> None:
     assert row["status"] == "ok"
 
 
+def test_a_row_that_nobody_wrote_is_marked() -> None:
+    operation = OPERATIONS["jagged_softmax"](layouts_of(FULL))
+    (x,) = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in operation.operand_shapes())
+    exact = operation.reference(x)
+
+    def leaves_one_out(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        out[:-1] = operation.reference(x)[:-1]
+        return out
+
+    row, _ = run._prepare(operation, run.Provider(leaves_one_out), [run.Set([x], exact)], [exact], "forward", 1, None)
+    assert row["status"] == "inaccurate"
+
+
 def test_an_inaccurate_row_has_no_ratio() -> None:
     rows = [
         {"provider": OURS, "status": "inaccurate", "device_ms": 1.0},
