@@ -31,6 +31,16 @@ def failure(error: Exception) -> Row:
     return {"status": FAILED, "reason": f"{type(error).__name__}: {reason}"}
 
 
+def judged(relative: float, dtype: torch.dtype) -> Row:
+    """Status and reason of a result whose error is `relative` to what rounding explains."""
+    accurate = relative <= 1.0
+    return {
+        "status": OK if accurate else INACCURATE,
+        "reason": "" if accurate else f"the error is {relative:.2g} times what {dtype} explains",
+        "relative_error": float(f"{relative:.3g}"),
+    }
+
+
 def has_floor(device: torch.device) -> bool:
     """The floor's constants were measured on one kind of GPU, and say nothing of others."""
     return device.type == "cuda" and ROOF_GPU in torch.cuda.get_device_name(device)

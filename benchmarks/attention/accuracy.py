@@ -54,6 +54,11 @@ def checked_users(batch: Batch) -> list[int]:
     return list(dict.fromkeys(chosen))
 
 
+def row_limit(dtype: torch.dtype) -> float:
+    """The relative error of a row that rounding explains."""
+    return ROW_LIMIT * torch.finfo(dtype).eps * (FLOAT32_LIMIT_FACTOR if dtype == torch.float32 else 1)
+
+
 class Reference:
     """Float32 results of the checked users; made once per batch and shared by all providers."""
 
@@ -65,9 +70,7 @@ class Reference:
         """The errors of `(out,)` or `(out, dq, dk, dv)`, each over all rows of the batch."""
         greatest = dict.fromkeys(RESULTS[: len(results)], 0.0)
         relative = 0.0
-        limit = ROW_LIMIT * torch.finfo(self.batch.dtype).eps
-        if self.batch.dtype == torch.float32:
-            limit *= FLOAT32_LIMIT_FACTOR
+        limit = row_limit(self.batch.dtype)
         for user, exact_results in self.results.items():
             rows = slice(self.batch.bounds[user], self.batch.bounds[user + 1])
             for name, actual, exact in zip(RESULTS, results, exact_results, strict=False):

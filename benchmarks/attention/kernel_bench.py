@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, ROW_LIMIT
+from benchmarks.attention.accuracy import LEAST_ROW_SIZE, row_limit
 from benchmarks.attention.calls import copies_past_cache
 from benchmarks.attention.candidates import Candidate
 from benchmarks.attention.shapes import Batch, Shape
@@ -160,7 +160,7 @@ def replace_tile(tiles: Tiles, kernel: str, candidate: Candidate | None) -> Tile
 
 def disagreement(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> float:
     """The row that differs most, relative to what rounding explains: above 1 one of the two is wrong."""
-    limit = ROW_LIMIT * torch.finfo(dtype).eps * (FLOAT32_LIMIT_FACTOR if dtype == torch.float32 else 1)
+    limit = row_limit(dtype)
     worst = 0.0
     for actual, other in zip(results, expected, strict=True):
         actual, other = (x.float().flatten(1) for x in (actual, other))  # a row is a token; of (H, L), a head

@@ -27,8 +27,8 @@ from benchmarks.attention.shapes import (
     work_of,
 )
 from benchmarks.csv_file import append_rows, check_columns
-from benchmarks.options import DTYPES, names_of, shape_of
-from benchmarks.rows import ABSENT, INACCURATE, OK, UNSUPPORTED, Row, failure, line, timing_figures, work_figures
+from benchmarks.options import DTYPES, add_common_options, check_common_options, names_of, shape_of
+from benchmarks.rows import ABSENT, UNSUPPORTED, Row, failure, judged, line, timing_figures, work_figures
 from benchmarks.timing import MODES, Ready, Timing, prepare, time_in_turns
 from recsys.versions import environment
 
@@ -66,27 +66,15 @@ def parse_options(arguments: Sequence[str]) -> Options:
         help="another shape, e.g. name=X,users=64,heads=4,head_dim=64,mean=300,max=2048,causal=true; also "
         "kv_heads, window, targets",
     )
-    parser.add_argument("--providers", type=names_of, default=list(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
-    parser.add_argument("--modes", type=names_of, default=list(MODES), help=f"of {', '.join(MODES)}")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=21, help="turns of each provider, of which the median counts")
-    parser.add_argument("--output", type=Path, help="CSV file that the rows are added to")
+    add_common_options(parser, PROVIDERS)
     parser.add_argument("--plot", type=Path, help="folder for plots")
     given = parser.parse_args(arguments)
     names = given.shapes
     if names is None:
         names = [] if given.shape else DEFAULT_SHAPES[given.device]
-    for what, chosen, allowed in (
-        ("shape", names, SHAPES),
-        ("provider", given.providers, PROVIDERS),
-        ("mode", given.modes, MODES),
-    ):
-        unknown = [name for name in chosen if name not in allowed]
-        if unknown:
-            parser.error(f"there is no {what} {', '.join(unknown)}: allowed are {', '.join(allowed)}")
-    if given.repeats < 1:
-        parser.error(f"--repeats is {given.repeats}: allowed are values >= 1")
+    check_common_options(
+        parser, given, shape=(names, SHAPES), provider=(given.providers, PROVIDERS), mode=(given.modes, MODES)
+    )
     shapes = [*(SHAPES[name] for name in names), *given.shape]
     if len({shape.name for shape in shapes}) < len(shapes):
         parser.error("two shapes have one name")
@@ -234,12 +222,9 @@ def _check(
     del results
     prepare_s = time.perf_counter() - start
 
-    accurate = errors.relative <= 1.0
     row = {
-        "status": OK if accurate else INACCURATE,
-        "reason": "" if accurate else f"the error is {errors.relative:.2g} times what {batch.dtype} explains",
+        **judged(errors.relative, batch.dtype),
         **{f"error_{name}": float(f"{error:.4g}") for name, error in errors.greatest.items()},
-        "relative_error": float(f"{errors.relative:.3g}"),
         "prepare_s": round(prepare_s, 2),
     }
     return Prepared(row, prepare(calls_of(attention, converted, mode), batch.device, repeats, pool))

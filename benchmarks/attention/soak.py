@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, LEAST_ROW_SIZE, RESULTS, ROW_LIMIT
+from benchmarks.attention.accuracy import LEAST_ROW_SIZE, RESULTS, row_limit
 from benchmarks.poison import poisoned_memory
 from kernels.jagged import unavailable_reason
 from kernels.jagged_flash_attention import jagged_flash_attention, reference_attention
@@ -176,7 +176,7 @@ def greatest_error(case: Case, users: Sequence[int]) -> tuple[float, str]:
     """Of these users, relative to what rounding explains: above 1 something is wrong. And where that is."""
     results = run_case(case)
     kind = case.kind
-    limit = ROW_LIMIT * torch.finfo(kind.dtype).eps * (FLOAT32_LIMIT_FACTOR if kind.dtype == torch.float32 else 1)
+    limit = row_limit(kind.dtype)
     worst, where = 0.0, "nowhere"
     for user in users:
         own, keys = _rows_of(case.lengths, user), _rows_of(case.key_lengths, user)

@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.attention.accuracy import FLOAT32_LIMIT_FACTOR, ROW_LIMIT
+from benchmarks.attention.accuracy import row_limit
 from benchmarks.attention.shapes import INPUTS_SEED, SHAPES, Batch, Shape
 from benchmarks.csv_file import append_rows, check_columns
 from benchmarks.interaction.layouts import Layouts
 from benchmarks.interaction.operations import OPERATIONS, OURS, PADDED, PROVIDERS, Operation, Provider
-from benchmarks.options import DTYPES, names_of, shape_of
+from benchmarks.options import DTYPES, add_common_options, check_common_options, names_of, shape_of
 from benchmarks.poison import poisoned_memory
 from benchmarks.rows import (
     ABSENT,
-    INACCURATE,
     OK,
     UNSUPPORTED,
     Row,
     cell,
     failure,
+    judged,
     line,
     milliseconds,
     timing_figures,
@@ -84,27 +84,19 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument(
         "--shape", type=shape_of, action="append", default=[], metavar="KEY=VALUE,...", help="another, as for attention"
     )
-    parser.add_argument("--providers", type=names_of, default=list(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
-    parser.add_argument("--modes", type=names_of, default=list(MODES), help=f"of {', '.join(MODES)}")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=21, help="turns of each provider, of which the median counts")
-    parser.add_argument("--output", type=Path, help="CSV file that the rows are added to")
+    add_common_options(parser, PROVIDERS)
     given = parser.parse_args(arguments)
     names = given.shapes
     if names is None:
         names = [] if given.shape else DEFAULT_SHAPES[given.device]
-    for what, chosen, allowed in (
-        ("operation", given.operations, OPERATIONS),
-        ("shape", names, ALL_SHAPES),
-        ("provider", given.providers, PROVIDERS),
-        ("mode", given.modes, MODES),
-    ):
-        unknown = [name for name in chosen if name not in allowed]
-        if unknown:
-            parser.error(f"there is no {what} {', '.join(unknown)}: allowed are {', '.join(allowed)}")
-    if given.repeats < 1:
-        parser.error(f"--repeats is {given.repeats}: allowed are values >= 1")
+    check_common_options(
+        parser,
+        given,
+        operation=(given.operations, OPERATIONS),
+        shape=(names, ALL_SHAPES),
+        provider=(given.providers, PROVIDERS),
+        mode=(given.modes, MODES),
+    )
     shapes = [*(ALL_SHAPES[name] for name in names), *given.shape]
     for shape in shapes:
         if shape.kv_heads != shape.heads:
@@ -261,13 +253,7 @@ def _prepare(
     pairs = zip(restore, results, exact, strict=False)
     error = max(operation.layouts.worst_error(one(actual), expected) for one, actual, expected in pairs)
     del results
-    limit = ROW_LIMIT * torch.finfo(dtype).eps * (FLOAT32_LIMIT_FACTOR if dtype == torch.float32 else 1)
-    accurate = error <= limit
-    row = {
-        "status": OK if accurate else INACCURATE,
-        "reason": "" if accurate else f"the error is {error / limit:.2g} times what {dtype} explains",
-        "relative_error": float(f"{error / limit:.3g}"),
-    }
+    row = judged(error / row_limit(dtype), dtype)
 
     def make_calls() -> Calls:
         leaves = [[x.detach().requires_grad_(mode != "forward") for x in one.operands] for one in converted]

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from kernels.jagged.launch import MAX_ROW_STRIDE
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRECISIONS = ("ieee", "tf32")
 CHECK_OFFSETS_VARIABLE = "KERNELS_CHECK_OFFSETS"
@@ -33,6 +35,13 @@ def check_rows(name: str, x: Tensor, rows: int) -> None:
     """That a tensor has the rows of the schedule; ValueError."""
     if x.shape[0] != rows:
         raise ValueError(f"{name} has {x.shape[0]} rows, the schedule says {rows}: they must be equal")
+
+
+def check_matrix(name: str, x: Tensor, rows: int) -> None:
+    """That x is `(L, C)`, with the rows of the schedule; ValueError."""
+    if x.dim() != 2 or x.shape[1] > MAX_ROW_STRIDE:
+        raise ValueError(f"{name} must have shape (L, C) with C up to {MAX_ROW_STRIDE}, got {tuple(x.shape)}")
+    check_rows(name, x, rows)
 
 
 def check_precision(precision: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.jagged.launch import Launcher
 from kernels.jagged.tile_lists import load_user, tile_capacity
-from kernels.jagged.tiles import columns_per_tile, load_columns
+from kernels.jagged.tiles import columns_per_tile, load_columns, row_and_columns
 
 PARTS, COLUMNS = 16, 64  # of a program at once
 
@@ -40,9 +40,7 @@ def partial_sums_kernel(
     BC: tl.constexpr,
 ):
     """Adds the parts of one user, BC columns; zero for a user without rows."""
-    pid = tl.program_id(0)
-    i_b = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_b, i_c = row_and_columns(C, BC)
     start, n = load_user(p_offsets, i_b, total, max_seqlen)
     num_parts = tl.cdiv(n, BL)
     p_parts += slot_of(start, i_b, 0, BL).to(tl.int64) * C

@@ -266,3 +266,9 @@ def _check_partner(name: str, tensor: Tensor | None, offsets: Tensor, length: in
         raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
     if tensor.device != offsets.device:
         raise ValueError(f"offsets are on {offsets.device}, {name} on {tensor.device}; they must be on one device")
+
+
+def offsets_of(lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where each user begins, and the last one ends: `(B + 1,)` from `(B,)`, on its device."""
+    ends = lengths.cumsum(0, dtype=dtype)
+    return torch.cat([ends.new_zeros(1), ends])

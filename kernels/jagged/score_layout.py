@@ -7,10 +7,15 @@ from torch import Tensor
 
 from kernels.jagged.checks import check_offsets, checks_values
 from kernels.jagged.launch import INTERPRETED, is_traced
-from kernels.jagged.schedule import Schedule
+from kernels.jagged.schedule import Schedule, offsets_of
 from kernels.score_pitch import ROW_MULTIPLE, row_pitch
 
 BLOCK = 32 if INTERPRETED else 64  # rows of a tile of queries or keys, in most kernels that read or write scores
+
+
+def row_tiles(schedule: Schedule) -> Tensor:
+    """`(entries, 8)`: the tiles of BLOCK rows of the schedule's queries; see tile_lists.py."""
+    return schedule.query_tiles([BLOCK], causal=False)[0]
 
 
 class ScoreLayout:
@@ -49,7 +54,7 @@ class ScoreLayout:
 
     def query_tiles(self) -> Tensor:
         """`(entries, 8)`: the tiles of BLOCK queries; see tile_lists.py."""
-        return self.schedule.query_tiles([BLOCK], causal=False)[0]
+        return row_tiles(self.schedule)
 
     def key_tiles(self) -> Tensor:
         """`(entries, 8)`: the tiles of BLOCK keys."""
@@ -72,8 +77,7 @@ def _score_offsets(
         check_offsets(queries, max_seqlen, num_queries)
         if keys is not queries:
             check_offsets(keys, max_key_seqlen, num_keys, of_keys=True)
-    scores = queries.diff().long() * row_pitch(keys.diff().long())
-    offsets = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
+    offsets = offsets_of(queries.diff().long() * row_pitch(keys.diff().long()), torch.int64)
     if check_values and int(offsets[-1]) != total:
         raise ValueError(f"the offsets make {int(offsets[-1])} scores (`count_scores`), not {total}")
     return offsets

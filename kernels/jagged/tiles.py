@@ -150,6 +150,13 @@ def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.co
 
 
 @triton.jit  # pragma: no cover
+def row_and_columns(C: tl.constexpr, BC: tl.constexpr):
+    """Of a program in a grid of rows (users, tiles) x blocks of BC columns: which row, and the first column."""
+    pid = tl.program_id(0)
+    return pid // tl.cdiv(C, BC), pid % tl.cdiv(C, BC) * BC
+
+
+@triton.jit  # pragma: no cover
 def load_columns(p_rows, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr):
     """Rows i_row ... and columns i_column ... of one user: (BLOCK, BC), zero past their ends."""
     o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]

@@ -10,8 +10,8 @@ from torch import Tensor
 from kernels.jagged.checks import check_operands, checks_values
 from kernels.jagged.launch import is_traced, readable_in_place, require_triton
 from kernels.jagged.operator import operator
-from kernels.jagged.schedule import Schedule
-from kernels.jagged.score_layout import BLOCK
+from kernels.jagged.schedule import Schedule, offsets_of
+from kernels.jagged.score_layout import row_tiles
 from kernels.jagged_concat.rows import launch_move
 
 
@@ -39,7 +39,7 @@ def jagged_concat(x: Tensor, y: Tensor, x_schedule: Schedule, y_schedule: Schedu
         raise ValueError(f"x and y must differ in their rows only, got {tuple(x.shape)} and {tuple(y.shape)}")
     _check_users(x_schedule, y_schedule)
     require_triton(x.device)
-    z = _concat_op(x.flatten(1), y.flatten(1), *_tiles(x_schedule, y_schedule), x_offsets, y_offsets)
+    z = _concat_op(x.flatten(1), y.flatten(1), row_tiles(x_schedule), row_tiles(y_schedule), x_offsets, y_offsets)
     return z.view(z.shape[0], *x.shape[1:])
 
 
@@ -61,7 +61,7 @@ def jagged_split(z: Tensor, x_schedule: Schedule, y_schedule: Schedule) -> tuple
     _check_rows("z", z, x_total + y_total)
     _check_users(x_schedule, y_schedule)
     require_triton(z.device)
-    tiles = _tiles(x_schedule, y_schedule)
+    tiles = row_tiles(x_schedule), row_tiles(y_schedule)
     x, y = _split_op(z.flatten(1), *tiles, x_offsets, y_offsets, x_total, y_total)
     return x.view(x_total, *z.shape[1:]), y.view(y_total, *z.shape[1:])
 
@@ -92,13 +92,12 @@ def jagged_last(x: Tensor, schedule: Schedule, n: int, total: int) -> tuple[Tens
     if not 0 <= total <= most:
         raise ValueError(f"total must lie between 0 and {most}, the last {n} rows of every user at most; got {total}")
     require_triton(x.device)
-    (x_tiles,) = _tiles(schedule)
-    ends = x_offsets.diff().clamp(max=n).cumsum(0, dtype=x_offsets.dtype)
-    offsets = torch.cat([ends.new_zeros(1), ends])
+    x_tiles = row_tiles(schedule)
+    offsets = offsets_of(x_offsets.diff().clamp(max=n), x_offsets.dtype)
     check_values = schedule.check_values
     if check_values and checks_values(x.device) and not is_traced(x, offsets) and int(offsets[-1]) != total:
         raise ValueError(f"the last {n} rows of every user are {int(offsets[-1])}, not total={total}")
-    (tiles,) = _tiles(Schedule(offsets, total, min(n, max_seqlen), check_values=check_values))
+    tiles = row_tiles(Schedule(offsets, total, min(n, max_seqlen), check_values=check_values))
     out = _last_op(x.flatten(1), tiles, x_tiles, offsets, x_offsets, n, total)
     return out.view(total, *x.shape[1:]), offsets
 
@@ -118,10 +117,6 @@ def _check_users(x_schedule: Schedule, y_schedule: Schedule) -> None:
         raise ValueError(
             f"x and y must have the same users; their schedules have {x_schedule.num_users} and {y_schedule.num_users}"
         )
-
-
-def _tiles(*schedules: Schedule) -> list[Tensor]:
-    return [schedule.query_tiles([BLOCK], causal=False)[0] for schedule in schedules]
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.jagged.launch import MAX_INT32, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
-from kernels.jagged.tiles import columns_per_tile, load_entry, load_user_index
+from kernels.jagged.tiles import columns_per_tile, load_entry, load_user_index, row_and_columns
 
 
 @triton.jit(do_not_specialize=["num_others", "last"])  # pragma: no cover
@@ -40,9 +40,7 @@ def move_rows_kernel(
     With PULL own rows are written, and those that have no partner are zero. Whatever the shifts say, no row outside of
     the tensors is touched.
     """
-    pid = tl.program_id(0)
-    i_entry = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_entry, i_c = row_and_columns(C, BC)
     start, n, _, _, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return

@@ -20,7 +20,14 @@ from torch import Tensor
 from kernels.jagged.launch import Launcher, grid_of
 from kernels.jagged.partial_sums import launch_partial_sums, new_partial_sums, slot_of
 from kernels.jagged.score_layout import BLOCK
-from kernels.jagged.tiles import columns_per_tile, load_columns, load_entry, load_user_index, store_columns
+from kernels.jagged.tiles import (
+    columns_per_tile,
+    load_columns,
+    load_entry,
+    load_user_index,
+    row_and_columns,
+    store_columns,
+)
 
 BACKWARD_COLUMNS = 64  # of a tile, at most: three operands at once are many registers
 
@@ -93,9 +100,7 @@ def jagged_dense_elementwise_kernel(
     DROPOUT: tl.constexpr,
 ):
     """BL rows of one user, BC columns."""
-    pid = tl.program_id(0)
-    i_entry = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_entry, i_c = row_and_columns(C, BC)
     start, n, _, _, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return
@@ -134,9 +139,7 @@ def jagged_dense_elementwise_backward_kernel(
     NEEDS_DDENSE: tl.constexpr,
 ):
     """dx of BL rows of one user and BC columns, and what these rows give to ddense."""
-    pid = tl.program_id(0)
-    i_entry = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_entry, i_c = row_and_columns(C, BC)
     start, n, _, _, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return

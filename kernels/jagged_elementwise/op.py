@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.jagged.checks import check_dropout, check_operands, check_option, checks_values
+from kernels.jagged.checks import check_dropout, check_matrix, check_operands, check_option, checks_values
 from kernels.jagged.launch import is_traced, readable, require_triton
 from kernels.jagged.operator import operator
-from kernels.jagged.schedule import Schedule
-from kernels.jagged.score_layout import BLOCK
-from kernels.jagged_elementwise.checks import check_matrix
+from kernels.jagged.schedule import Schedule, offsets_of
+from kernels.jagged.score_layout import row_tiles
 from kernels.jagged_elementwise.dense import launch_dense_elementwise, launch_dense_elementwise_backward
 from kernels.jagged_elementwise.pair import launch_pair
 
@@ -53,7 +52,7 @@ def jagged_dense_elementwise(
         RuntimeError: when the tensors are not on CUDA and Triton isn't interpreting.
     """
     check_operands({"x": x, "dense": dense, "offsets": schedule.queries[0]}, index_vectors=("offsets",))
-    check_matrix("x", x, schedule)
+    check_matrix("x", x, schedule.queries[1])
     if dense.shape != (schedule.num_users, x.shape[1]):
         raise ValueError(
             f"dense must have shape {(schedule.num_users, x.shape[1])}, a row for every user with the columns of x; "
@@ -68,7 +67,7 @@ def jagged_dense_elementwise(
         seed = torch.randint(2**62, (1,), device=x.device)
     offsets, _, max_seqlen = schedule.queries
     require_triton(x.device)
-    (tiles,) = schedule.query_tiles([BLOCK], causal=False)
+    tiles = row_tiles(schedule)
     return _dense_op(x, dense, tiles, offsets, seed, max_seqlen, op, activation or "none", float(dropout_p))
 
 
@@ -118,8 +117,8 @@ def jagged_jagged_elementwise(
         {"x": x, "y": y, "x's offsets": x_offsets, "y's offsets": y_offsets},
         index_vectors=("x's offsets", "y's offsets"),
     )
-    check_matrix("x", x, x_schedule)
-    check_matrix("y", y, y_schedule)
+    check_matrix("x", x, x_schedule.queries[1])
+    check_matrix("y", y, y_schedule.queries[1])
     if x.shape[1] != y.shape[1] or x_schedule.num_users != y_schedule.num_users:
         raise ValueError(
             f"x and y must have the same columns and users; got {x.shape[1]} and {y.shape[1]} columns, "
@@ -148,13 +147,12 @@ def jagged_jagged_elementwise(
     if max_seqlen is None:
         max_seqlen = (min if lengths == "shorter" else max)(x_max_seqlen, y_max_seqlen)
     require_triton(x.device)
-    (x_tiles,), (y_tiles,) = (of.query_tiles([BLOCK], causal=False) for of in (x_schedule, y_schedule))
+    x_tiles, y_tiles = row_tiles(x_schedule), row_tiles(y_schedule)
     choose = torch.minimum if lengths == "shorter" else torch.maximum
-    ends = choose(x_offsets.diff(), y_offsets.diff()).cumsum(0, dtype=x_offsets.dtype)
-    offsets = torch.cat([ends.new_zeros(1), ends])
+    offsets = offsets_of(choose(x_offsets.diff(), y_offsets.diff()), x_offsets.dtype)
     if check_values and checks_values(x.device) and not is_traced(x, y, offsets) and int(offsets[-1]) != total:
         raise ValueError(f'lengths="{lengths}" makes {int(offsets[-1])} rows, not total={total}')
-    (tiles,) = Schedule(offsets, total, max_seqlen, check_values=check_values).query_tiles([BLOCK], causal=False)
+    tiles = row_tiles(Schedule(offsets, total, max_seqlen, check_values=check_values))
     values = _pair_op(
         x, y, tiles, x_tiles, y_tiles, offsets, x_offsets, y_offsets, total, max_seqlen, x_max_seqlen, y_max_seqlen,
         NEUTRAL[op], NEUTRAL[op], op,

@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.jagged.checks import check_operands
+from kernels.jagged.checks import check_matrix, check_operands
 from kernels.jagged.launch import MAX_ROW_STRIDE, readable, require_triton
 from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
-from kernels.jagged.score_layout import BLOCK
-from kernels.jagged_elementwise.checks import check_matrix
+from kernels.jagged.score_layout import row_tiles
 from kernels.jagged_elementwise.padded import launch_to_jagged, launch_to_padded
 
 
@@ -35,13 +34,13 @@ def jagged_to_padded(x: Tensor, schedule: Schedule, max_length: int | None = Non
     The same as `torch.ops.fbgemm.jagged_to_padded_dense`.
     """
     check_operands({"x": x, "offsets": schedule.queries[0]}, index_vectors=("offsets",))
-    check_matrix("x", x, schedule)
+    check_matrix("x", x, schedule.queries[1])
     offsets, _, max_seqlen = schedule.queries
     max_length = max_seqlen if max_length is None else max_length
     if max_length < 0:
         raise ValueError(f"max_length must be at least 0 rows, got {max_length}")
     require_triton(x.device)
-    (tiles,) = schedule.query_tiles([BLOCK], causal=False)
+    tiles = row_tiles(schedule)
     return _to_padded_op(x, tiles, offsets, max_seqlen, max_length, float(fill))
 
 
@@ -68,7 +67,7 @@ def padded_to_jagged(x: Tensor, schedule: Schedule) -> Tensor:
             f"got {tuple(x.shape)}"
         )
     require_triton(x.device)
-    (tiles,) = schedule.query_tiles([BLOCK], causal=False)
+    tiles = row_tiles(schedule)
     return _to_jagged_op(x, tiles, offsets, max_seqlen, total)
 
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from kernels.jagged.launch import Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tile_lists import load_user
-from kernels.jagged.tiles import columns_per_tile, load_columns, load_entry, load_user_index, store_columns
+from kernels.jagged.tiles import (
+    columns_per_tile,
+    load_columns,
+    load_entry,
+    load_user_index,
+    row_and_columns,
+    store_columns,
+)
 
 
 @triton.jit(do_not_specialize=["N", "total", "max_seqlen", "fill"])  # pragma: no cover
@@ -32,9 +39,7 @@ def jagged_to_padded_kernel(
     BC: tl.constexpr,
 ):
     """BL of the N rows of one user, BC columns: every tile is there, because all of the result is written."""
-    pid = tl.program_id(0)
-    i_tile = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_tile, i_c = row_and_columns(C, BC)
     i_b = i_tile // tl.cdiv(N, BL)
     i_l = i_tile % tl.cdiv(N, BL) * BL
     start, n = load_user(p_offsets, i_b, total, max_seqlen)
@@ -56,9 +61,7 @@ def padded_to_jagged_kernel(
     BC: tl.constexpr,
 ):
     """BL rows of one user, BC columns; zero from row N on."""
-    pid = tl.program_id(0)
-    i_entry = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_entry, i_c = row_and_columns(C, BC)
     start, n, _, _, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return

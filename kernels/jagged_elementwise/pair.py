@@ -17,7 +17,14 @@ from torch import Tensor
 from kernels.jagged.launch import Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tile_lists import load_user
-from kernels.jagged.tiles import columns_per_tile, load_columns, load_entry, load_user_index, store_columns
+from kernels.jagged.tiles import (
+    columns_per_tile,
+    load_columns,
+    load_entry,
+    load_user_index,
+    row_and_columns,
+    store_columns,
+)
 from kernels.jagged_elementwise.dense import combine
 
 
@@ -57,9 +64,7 @@ def jagged_pair_kernel(
     OP: tl.constexpr,
 ):
     """BL rows of the result of one user, BC columns."""
-    pid = tl.program_id(0)
-    i_entry = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_entry, i_c = row_and_columns(C, BC)
     start, n, _, _, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return

@@ -10,7 +10,7 @@ from kernels.jagged.checks import check_operands, check_precision, check_rows
 from kernels.jagged.launch import interpretable, readable, require_triton
 from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
-from kernels.jagged.score_layout import BLOCK, ScoreLayout
+from kernels.jagged.score_layout import ScoreLayout, row_tiles
 from kernels.jagged_matmul.dense import launch_dense_bmm, launch_jagged_bmm
 from kernels.jagged_matmul.scores import launch_scores, launch_weighted_sum
 
@@ -54,7 +54,7 @@ def jagged_dense_bmm(x: Tensor, w: Tensor, schedule: Schedule, *, precision: str
     check_precision(precision)
     offsets, _, max_seqlen = schedule.queries
     require_triton(x.device)
-    (tiles,) = schedule.query_tiles([BLOCK], causal=False)
+    tiles = row_tiles(schedule)
     out = _dense_bmm_op(x, w, tiles, offsets, max_seqlen, precision)
     return out if has_heads else out.squeeze(1)
 
@@ -89,7 +89,7 @@ def jagged_jagged_bmm(x: Tensor, y: Tensor, schedule: Schedule, *, precision: st
     check_precision(precision)
     offsets, _, max_seqlen = schedule.queries
     require_triton(x.device)
-    (tiles,) = schedule.query_tiles([BLOCK], causal=False)
+    tiles = row_tiles(schedule)
     out = _jagged_bmm_op(x, y, tiles, offsets, max_seqlen, precision)
     return out if has_heads else out.squeeze(1)
 

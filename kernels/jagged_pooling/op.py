@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.jagged.checks import check_operands, check_option, check_rows
-from kernels.jagged.launch import MAX_ROW_STRIDE, readable, require_triton
+from kernels.jagged.checks import check_matrix, check_operands, check_option
+from kernels.jagged.launch import readable, require_triton
 from kernels.jagged.operator import operator
 from kernels.jagged.schedule import Schedule
-from kernels.jagged.score_layout import BLOCK
+from kernels.jagged.score_layout import row_tiles
 from kernels.jagged_pooling.pool import launch_pool, launch_pool_backward
 
 MODES = ("sum", "mean", "max")
@@ -35,12 +35,10 @@ def jagged_pool(x: Tensor, schedule: Schedule, mode: str = "sum") -> Tensor:
     """
     offsets, total, max_seqlen = schedule.queries
     check_operands({"x": x, "offsets": offsets}, index_vectors=("offsets",))
-    if x.dim() != 2 or x.shape[1] > MAX_ROW_STRIDE:
-        raise ValueError(f"x must have shape (L, C) with C up to {MAX_ROW_STRIDE}, got {tuple(x.shape)}")
-    check_rows("x", x, total)
+    check_matrix("x", x, total)
     check_option("mode", mode, MODES)
     require_triton(x.device)
-    (tiles,) = schedule.query_tiles([BLOCK], causal=False)
+    tiles = row_tiles(schedule)
     out, _ = _pool_op(x, tiles, offsets, max_seqlen, mode)
     return out
 

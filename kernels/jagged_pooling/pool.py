@@ -16,7 +16,14 @@ from torch import Tensor
 from kernels.jagged.launch import INTERPRETED, MAX_INT32, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tile_lists import load_user
-from kernels.jagged.tiles import columns_per_tile, load_columns, load_entry, load_user_index, store_columns
+from kernels.jagged.tiles import (
+    columns_per_tile,
+    load_columns,
+    load_entry,
+    load_user_index,
+    row_and_columns,
+    store_columns,
+)
 
 NO_ROW = tl.constexpr(MAX_INT32)
 
@@ -58,9 +65,7 @@ def jagged_pool_kernel(
     MODE: tl.constexpr,
 ):
     """All rows of one user, BC columns."""
-    pid = tl.program_id(0)
-    i_b = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_b, i_c = row_and_columns(C, BC)
     start, n = load_user(p_offsets, i_b, total, max_seqlen)
     p_user = p_x + start.to(tl.int64) * stride_x
     o_c = i_c + tl.arange(0, BC)
@@ -92,9 +97,7 @@ def jagged_pool_backward_kernel(
     MODE: tl.constexpr,
 ):
     """BL rows of one user, BC columns."""
-    pid = tl.program_id(0)
-    i_entry = pid // tl.cdiv(C, BC)
-    i_c = pid % tl.cdiv(C, BC) * BC
+    i_entry, i_c = row_and_columns(C, BC)
     start, n, _, _, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return

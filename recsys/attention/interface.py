@@ -59,6 +59,14 @@ class MaskSpec:
         return mask
 
 
+def _check_total_scores(total_scores: int, least: int, most: int, users: str) -> None:
+    if not least <= total_scores <= most or total_scores % ROW_MULTIPLE:
+        raise ValueError(
+            f"total_scores is {total_scores}: `count_scores` of {users}, is a multiple of {ROW_MULTIPLE} from {least} "
+            f"to {most}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class JaggedLayout:
     """Where each user's tokens lie in a `(L, ...)` tensor: user b owns rows `offsets[b]:offsets[b + 1]`."""
@@ -90,11 +98,8 @@ class JaggedLayout:
             )
         if self.total_scores is not None:
             least, most = self.total * row_pitch(1), self.total * row_pitch(self.max_seqlen)
-            if not least <= self.total_scores <= most or self.total_scores % ROW_MULTIPLE:
-                raise ValueError(
-                    f"total_scores is {self.total_scores}: `count_scores` of the lengths of users with {self.total} "
-                    f"tokens, at most {self.max_seqlen} each, is a multiple of {ROW_MULTIPLE} from {least} to {most}"
-                )
+            users = f"the lengths of users with {self.total} tokens, at most {self.max_seqlen} each"
+            _check_total_scores(self.total_scores, least, most, users)
 
     @property
     def num_users(self) -> int:
@@ -137,12 +142,11 @@ class CrossLayout:
             by_query = queries.total * row_pitch(keys.max_seqlen)
             by_key = queries.max_seqlen * keys.total + queries.total * (ROW_MULTIPLE - 1)
             most = min(by_query, by_key // ROW_MULTIPLE * ROW_MULTIPLE)
-            if not 0 <= self.total_scores <= most or self.total_scores % ROW_MULTIPLE:
-                raise ValueError(
-                    f"total_scores is {self.total_scores}: `count_scores` of {queries.total} queries and {keys.total} "
-                    f"keys, of users with at most {queries.max_seqlen} and {keys.max_seqlen}, is a multiple of "
-                    f"{ROW_MULTIPLE} from 0 to {most}"
-                )
+            users = (
+                f"{queries.total} queries and {keys.total} keys, of users with at most {queries.max_seqlen} and "
+                f"{keys.max_seqlen}"
+            )
+            _check_total_scores(self.total_scores, 0, most, users)
 
     def cached(self, kind: str, build: Callable[[], T]) -> T:
         """`build()`, made once per layout: all layers of a step share it."""

@@ -38,7 +38,7 @@ class JaggedDenseBmm(Operation):
     def providers(self) -> dict[str, Provider]:
         layouts, batch = self.layouts, self.batch
         pad, unpad = layouts.pad_rows, layouts.unpad_rows
-        ops, offsets, longest, tf32 = torch.ops.fbgemm, batch.offsets.long(), batch.max_seqlen, self.tf32
+        ops, offsets, longest, tf32 = torch.ops.fbgemm, layouts.offsets, batch.max_seqlen, self.tf32
         return {
             OURS: Provider(lambda x, w: jagged_dense_bmm(x, w, layouts.schedule)),
             PADDED: Provider(torch.bmm, (pad, same), (unpad, same), unpad, pad),
@@ -75,7 +75,7 @@ class JaggedJaggedBmm(Operation):
     def providers(self) -> dict[str, Provider]:
         layouts, batch = self.layouts, self.batch
         pad, unpad = layouts.pad_rows, layouts.unpad_rows
-        ops, offsets, longest, tf32 = torch.ops.fbgemm, batch.offsets.long(), batch.max_seqlen, self.tf32
+        ops, offsets, longest, tf32 = torch.ops.fbgemm, layouts.offsets, batch.max_seqlen, self.tf32
         return {
             OURS: Provider(lambda x, y: jagged_jagged_bmm(x, y, layouts.schedule)),
             PADDED: Provider(lambda x, y: x.transpose(1, 2) @ y, (pad, pad), (unpad, unpad)),

@@ -70,9 +70,9 @@ class JaggedPool(RowOperation):
         return reference_jagged_pool(x, self.batch.offsets, "mean")
 
     def providers(self) -> dict[str, Provider]:
-        layouts, batch = self.layouts, self.batch
+        layouts = self.layouts
         pad, unpad = layouts.pad_rows, layouts.unpad_rows
-        offsets = batch.offsets.long()
+        offsets = layouts.offsets
         lengths = offsets.diff()[:, None]
         return {
             OURS: Provider(lambda x: jagged_pool(x, layouts.schedule, "mean")),

@@ -37,7 +37,7 @@ class JaggedSoftmax(Operation):
         pad, unpad = layouts.pad_rows, layouts.unpad_rows
         hidden = ~layouts.is_token[:, :, None]
         # Not of nested tensors: the gradient of their softmax over tokens is wrong (torch 2.13).
-        offsets = batch.offsets.long()
+        offsets = layouts.offsets
         return {
             OURS: Provider(lambda x: jagged_softmax(x, layouts.schedule)),
             PADDED: Provider(
