@@ -141,11 +141,10 @@ def load_scores(p_user, i_m, i_n, n, num_keys, end, BM: tl.constexpr, BN: tl.con
 
 @triton.jit  # pragma: no cover
 def store_scores(p_user, b_s, i_m, i_n, n, num_keys, BM: tl.constexpr, BN: tl.constexpr):
-    """Write such a tile, as far as the user goes, with zero from the end of a row to the next."""
+    """Write such a tile, as far as the user goes; it has to be zero from the end of a row to the next."""
     o_m, o_n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     pitch = pitch_of(num_keys)
     p_tile = p_user + (tl.cast(i_m, tl.int64) * pitch + i_n) + (o_m * pitch + o_n)
-    b_s = tl.where(i_n + o_n < num_keys, b_s, 0.0)  # also where a row isn't finite
     tl.store(p_tile, b_s.to(p_user.dtype.element_ty), mask=(i_m + o_m < n) & (i_n + o_n < pitch))
 
 
@@ -157,11 +156,18 @@ def row_and_columns(C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit  # pragma: no cover
-def load_columns(p_rows, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr):
-    """Rows i_row ... and columns i_column ... of one user: (BLOCK, BC), zero past their ends."""
+def load_columns(
+    p_rows, i_row, num_rows, stride, i_column, num_columns, BLOCK: tl.constexpr, BC: tl.constexpr,
+    EVICTION: tl.constexpr = tl.constexpr(""),  # noqa: B008
+):  # fmt: skip
+    """Rows i_row ... and columns i_column ... of one user: (BLOCK, BC), zero past their ends.
+
+    EVICTION says what the cache may drop first, as of tl.load.
+    """
     o_row, o_column = tl.arange(0, BLOCK)[:, None], i_column + tl.arange(0, BC)[None, :]
     p_part = p_rows + tl.cast(i_row, tl.int64) * stride + (o_row.to(tl.int64) * stride + o_column)
-    return tl.load(p_part, mask=(i_row + o_row < num_rows) & (o_column < num_columns), other=0.0)
+    mask = (i_row + o_row < num_rows) & (o_column < num_columns)
+    return tl.load(p_part, mask=mask, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit  # pragma: no cover

@@ -20,6 +20,9 @@ from kernels.jagged.tiles import load_columns, load_entry, load_user_index, stor
 MIN_WIDTH, MAX_WIDTH = 16, 64  # columns of a tile
 DENSE_WARPS, JAGGED_WARPS = 2, 4
 PART_ROWS = 32 if INTERPRETED else 1024  # of a user that several programs share
+LONG = 48 if INTERPRETED else 512  # rows; where users may be longer, a program has more rows on the chip at once
+LONG_ROWS = 64 if INTERPRETED else 128
+MAX_LONG_BYTES = 256  # of a row of x and one of y: three tiles of them fit into the 99 KB of the smallest GPUs
 
 
 @triton.jit  # pragma: no cover
@@ -221,13 +224,14 @@ def launch_jagged_bmm(x: Tensor, y: Tensor, tiles: Tensor, offsets: Tensor, max_
         )
         launch_partial_sums(parts, out.view(B, -1), offsets, L, max_seqlen, PART_ROWS)
         return out
+    has_long_tiles = max_seqlen > LONG and (block_m + block_n) * x.element_size() <= MAX_LONG_BYTES
     launch_jagged_kernel(
         (B * H, -(-M // block_m) * -(-N // block_n)),
         (),
         (x, y, out, offsets),
         (*x.stride()[:2], *y.stride()[:2]),
         (L, max_seqlen),
-        (H, M, N, BLOCK, block_m, block_n, precision),
+        (H, M, N, LONG_ROWS if has_long_tiles else BLOCK, block_m, block_n, precision),
         (JAGGED_WARPS,),
     )
     return out

@@ -133,7 +133,8 @@ def jagged_weighted_sum(
     """Of every user its scores times rows: `p_b v_b`, with gradients for both.
 
     Args:
-        weights: `(H, T)`, jagged scores, mostly after a softmax; float32, float16 or bfloat16.
+        weights: `(H, T)`, jagged scores, mostly after a softmax; float32, float16 or bfloat16. Finite also between the
+            rows (`ScoreLayout`).
         v: `(keys, H, D)`, D up to 256; `transposed`: `(L, H, D)`, a row for every query.
         layout: where the scores are.
         transposed: `p_b^T v_b` instead, a sum over the queries for every key.

@@ -98,13 +98,18 @@ def jagged_weighted_sum_kernel(
     BO: tl.constexpr,
     BX: tl.constexpr,
     BD: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of scores times x, or columns of scores times x: BO rows of one user and head, over all rows of x."""
+    """Rows of scores times x, or columns of scores times x: BO rows of one user, over all rows of x.
+
+    HEADS heads one after the other, in one loop with the rows of x, for the reason given above. Scores go to the tensor
+    cores as they are, with what lies between a row's end and the next one: x is zero there, and they have to be finite.
+    """
     pid = tl.program_id(0)
-    i_h = pid % H
-    i_entry = pid // H
+    first_head = pid % (H // HEADS) * HEADS
+    i_entry = pid // (H // HEADS)
     start, n, x_start, num_x, i_tile, _ = load_entry(p_tiles, i_entry)
     if n == 0:
         return
@@ -114,18 +119,24 @@ def jagged_weighted_sum_kernel(
         num_queries, num_keys = num_x, n
     s_start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), num_queries, num_keys, T)
     num_x = tl.where(is_inside, num_x, 0)
-    p_s += first_of_head(i_h, T) + s_start
-    p_x += x_start * stride_xl + i_h.to(tl.int64) * stride_xh
+    p_s += s_start
+    p_x += x_start * stride_xl
+    p_out += start * H * D
+    tiles_of_x = tl.maximum(tl.cdiv(num_x, BX), 1)  # without any, zero is written
     b_acc = tl.zeros([BO, BD], dtype=tl.float32)
-    for i_x in range(0, num_x, BX):
-        b_x = load_tile(p_x, i_x, num_x, stride_xl, D, BX, BD, True)
+    for i in range(0, HEADS * tiles_of_x):
+        i_h = (first_head + i // tiles_of_x).to(tl.int64)
+        i_x = i % tiles_of_x * BX
+        b_x = load_tile(p_x + i_h * stride_xh, i_x, num_x, stride_xl, D, BX, BD, True)
+        p_head = p_s + first_of_head(i_h, T)
         if TRANSPOSED:
-            b_s = tl.trans(load_scores(p_s, i_x, i_o, num_x, n, n, BX, BO))
+            b_s = tl.trans(load_scores(p_head, i_x, i_o, num_x, n, n, BX, BO))
         else:
-            b_s = load_scores(p_s, i_o, i_x, n, num_x, num_x, BO, BX)
-            b_s = tl.where(i_x + tl.arange(0, BX)[None, :] < num_x, b_s, 0.0)  # whatever lies behind a row
+            b_s = load_scores(p_head, i_o, i_x, n, num_x, num_x, BO, BX)
         b_acc = tl.dot(b_s, b_x, b_acc, input_precision=PRECISION)
-    store_tile(p_out + (start * H + i_h) * D, b_acc * scale, i_o, n, H * D, D, BO, BD)
+        if i_x + BX >= num_x:
+            store_tile(p_out + i_h * D, b_acc * scale, i_o, n, H * D, D, BO, BD)
+            b_acc = tl.zeros([BO, BD], dtype=tl.float32)
 
 
 launch_scores_kernel = Launcher(jagged_scores_kernel, "num_warps", "num_stages")
@@ -146,7 +157,7 @@ class Stream(NamedTuple):
 
 WIDE, WIDER, WIDEST = Stream(64, 2), Stream(64, 1), Stream(16, 1)  # rows of up to 256 bytes, 512 bytes, more
 SCORES = Stream(32 if INTERPRETED else 128, 3, num_warps=8)  # up to 128 bytes
-WEIGHTED_SUM, TRANSPOSED_SUM = Stream(32 if INTERPRETED else 64, 3), Stream(32, 4)
+WEIGHTED_SUM, TRANSPOSED_SUM = Stream(32 if INTERPRETED else 64, 3), Stream(32, 3)
 
 
 def _stream_of(x: Tensor, narrow: Stream) -> tuple[int, Stream]:
@@ -213,13 +224,14 @@ def launch_weighted_sum(
     if num_rows == 0 or tiles.shape[0] == 0:
         return out
     columns, stream = _stream_of(x, TRANSPOSED_SUM if transposed else WEIGHTED_SUM)
+    heads = 2 if H % 2 == 0 else 1
     launch_weighted_sum_kernel(
-        grid_of(tiles, H),
+        grid_of(tiles, H // heads),
         (),
         (weights, x, out, tiles, score_offsets),
         x.stride()[:2],
         (weights.shape[1], scale),
-        (H, D, BLOCK, stream.rows, columns, transposed, precision),
+        (H, D, BLOCK, stream.rows, columns, heads, transposed, precision),
         (stream.num_warps, stream.stages),
     )
     return out

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Softmax over the tokens of a user, a column at a time: one program per user and block of columns.
 
-Users that fit into a block are read once, others twice.
+Users that fit into a block are read once, others twice. The blocks of columns of a user are neighbours in the grid, so
+that whole rows are read at about the same time.
 
 Names: see kernels/jagged/tiles.py; C columns, BL x BC a block of rows and columns.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kernels.jagged.launch import LOG2_E, Launcher, next_power_of_2
 from kernels.jagged.tile_lists import load_user
-from kernels.jagged.tiles import load_columns, store_columns
+from kernels.jagged.tiles import load_columns, row_and_columns, store_columns
 
 LONG = 512  # rows; where users may be longer, blocks are taller and programs more
 
@@ -30,27 +31,26 @@ class Block(NamedTuple):
 
     elements: int
     num_warps: int
+    stages: int = 1
+    """Blocks on the chip at once where users have several."""
 
 
-FORWARD, LONG_FORWARD = Block(64, 4096, 2), Block(16, 4096, 4)
+FORWARD, LONG_FORWARD = Block(32, 1024, 1, stages=3), Block(16, 4096, 4)
 BACKWARD, LONG_BACKWARD = Block(64, 8192, 4), Block(32, 8192, 4)
 
 
 @triton.jit  # pragma: no cover
-def load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr):
-    """Rows in base 2, (BL, BC) float32; -inf past the user's end."""
-    b_x = load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC).to(tl.float32) * scale_log2
-    return tl.where(i_l + tl.arange(0, BL)[:, None] < n, b_x, float("-inf"))
+def load_scaled(
+    p_x, i_l, n, stride_x, i_c, scale_log2, C: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, EVICTION: tl.constexpr
+):
+    """Rows in base 2, (BL, BC) float32; zero past row n."""
+    return load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC, EVICTION).to(tl.float32) * scale_log2
 
 
 @triton.jit  # pragma: no cover
-def softmax_at_once(p_x, p_y, n, stride_x, i_c, scale_log2, C: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr):
-    """BC columns of a user of up to BL rows."""
-    b_x = load_scaled(p_x, 0, n, stride_x, i_c, scale_log2, C, BL, BC)
-    b_max = tl.max(b_x, 0)
-    b_p = tl.exp2(b_x - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
-    b_sum = tl.sum(b_p, 0)
-    store_columns(p_y, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[None, :], 0, n, C, i_c, C, BL, BC)
+def finite_or_zero(b_max):
+    """What to subtract from a column with that maximum: -inf - (-inf) is NaN."""
+    return tl.where(b_max == float("-inf"), 0.0, b_max)
 
 
 @triton.jit(do_not_specialize=["total", "max_seqlen", "scale_log2"])  # pragma: no cover
@@ -65,28 +65,35 @@ def jagged_softmax_kernel(
     C: tl.constexpr,
     BL: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """BC columns of one user."""
-    start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
-    i_c = tl.program_id(1) * BC
+    """BC columns of one user: full blocks of rows first, without a mask; the last block is never read again."""
+    i_b, i_c = row_and_columns(C, BC)
+    start, n = load_user(p_offsets, i_b, total, max_seqlen)
+    if n == 0:
+        return
     p_x += start.to(tl.int64) * stride_x
     p_y += start.to(tl.int64) * C
-    if n <= BL:
-        softmax_at_once(p_x, p_y, n, stride_x, i_c, scale_log2, C, BL, BC)
-    else:
-        b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
-        b_sum = tl.zeros([BC], dtype=tl.float32)
-        for i_l in range(0, n, BL):
-            b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
-            b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-            b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_x - b_shift[None, :]), 0)
-            b_max = b_new_max
-        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
-        for i_l in range(0, n, BL):
-            b_x = load_scaled(p_x, i_l, n, stride_x, i_c, scale_log2, C, BL, BC)
-            store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, n, C, i_c, C, BL, BC)
+    i_last = (n - 1) // BL * BL
+    b_max = tl.full([BC], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BC], dtype=tl.float32)
+    for i_l in tl.range(0, i_last, BL, num_stages=STAGES):
+        b_x = load_scaled(p_x, i_l, i_last, stride_x, i_c, scale_log2, C, BL, BC, "evict_last")
+        b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
+        b_shift = finite_or_zero(b_new_max)
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_x - b_shift[None, :]), 0)
+        b_max = b_new_max
+    b_x = load_scaled(p_x, i_last, n, stride_x, i_c, scale_log2, C, BL, BC, "evict_first")
+    b_x = tl.where(i_last + tl.arange(0, BL)[:, None] < n, b_x, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
+    b_shift = finite_or_zero(b_new_max)
+    b_p = tl.exp2(b_x - b_shift[None, :])
+    b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(b_p, 0)
+    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+    store_columns(p_y, b_p * b_norm[None, :], i_last, n, C, i_c, C, BL, BC)
+    for i_l in tl.range(0, i_last, BL, num_stages=STAGES):
+        b_x = load_scaled(p_x, i_l, i_last, stride_x, i_c, scale_log2, C, BL, BC, "evict_first")
+        store_columns(p_y, tl.exp2(b_x - b_shift[None, :]) * b_norm[None, :], i_l, i_last, C, i_c, C, BL, BC)
 
 
 @triton.jit  # pragma: no cover
@@ -113,8 +120,8 @@ def jagged_softmax_backward_kernel(
     BC: tl.constexpr,
 ):
     """dx = scale y (dy - sum of y dy over the user's rows), of BC columns of one user."""
-    start, n = load_user(p_offsets, tl.program_id(0), total, max_seqlen)
-    i_c = tl.program_id(1) * BC
+    i_b, i_c = row_and_columns(C, BC)
+    start, n = load_user(p_offsets, i_b, total, max_seqlen)
     p_y += start.to(tl.int64) * C
     p_dy += start.to(tl.int64) * stride_dy
     p_dx += start.to(tl.int64) * C
@@ -135,11 +142,11 @@ launch_kernel = Launcher(jagged_softmax_kernel, "num_warps")
 launch_backward_kernel = Launcher(jagged_softmax_backward_kernel, "num_warps")
 
 
-def _shape(offsets: Tensor, width: int, max_seqlen: int, block: Block) -> tuple[tuple[int, int], int, int]:
+def _shape(offsets: Tensor, width: int, max_seqlen: int, block: Block) -> tuple[tuple[int], int, int]:
     """Grid, rows and columns of a block."""
     columns = min(next_power_of_2(width), block.columns)
     rows = min(max(next_power_of_2(max(max_seqlen, 1)), 16), block.elements // columns)
-    return (offsets.shape[0] - 1, -(-width // columns)), rows, columns
+    return ((offsets.shape[0] - 1) * -(-width // columns),), rows, columns
 
 
 def launch_softmax(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) -> Tensor:
@@ -156,7 +163,7 @@ def launch_softmax(x: Tensor, offsets: Tensor, max_seqlen: int, scale: float) ->
         (x, y, offsets),
         (x.stride(0),),
         (L, max_seqlen, scale * LOG2_E),
-        (C, *shape),
+        (C, *shape, block.stages),
         (block.num_warps,),
     )
     return y

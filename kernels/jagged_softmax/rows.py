@@ -1,14 +1,16 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Softmax over the rows of jagged scores: one program per tile of queries and head, some rows at a time.
+"""Softmax over the rows of jagged scores: one program per BR queries and head.
 
-A block on the chip has as many elements whether its rows are short or long: BR rows of BN keys for tiles that see few
-keys, half as many rows of twice as many keys for those that see more, and so on for some classes of tiles. What sees
-more keys than the last class has is read twice.
+A block on the chip has as many elements whether its rows are short or long: BR rows of BN keys where the queries see
+few keys, half as many rows of twice as many keys where they see more, and so on for some classes. What sees more keys
+than the last class has is read twice.
 
 Names: see kernels/jagged/tiles.py; T scores of all users together, placed as kernels/jagged/score_layout.py says.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,7 +31,15 @@ from kernels.jagged.tiles import (
     visible_keys,
 )
 
-ROWS, KEYS = (16, 16) if INTERPRETED else (32, 64)  # of a block of the first class
+
+class Block(NamedTuple):
+    """Of the first class; a program has as many queries as this has rows, which is a part of a tile of BLOCK."""
+
+    rows: int
+    keys: int
+
+
+FORWARD, BACKWARD = (Block(16, 16), Block(8, 16)) if INTERPRETED else (Block(32, 64), Block(16, 64))
 CLASSES = 3 if INTERPRETED else 5
 NUM_WARPS = 4
 
@@ -93,11 +103,10 @@ def is_of_class(num_seen, i_class: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit  # pragma: no cover
 def softmax_at_once(
-    p_s, p_p, i_first, lo, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    p_s, p_p, i_first, end, lo, n, num_keys, h, window, scale_log2, BR: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of BM queries, BR at a time, which see at most the BN keys from lo on."""
-    end = tl.minimum(i_first + BM, n)
+    """Probabilities of queries i_first ... end, BR at a time, which see at most the BN keys from lo on."""
     for i_m in range(i_first, end, BR):
         _, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_s = load_visible(
@@ -113,11 +122,10 @@ def softmax_at_once(
 
 @triton.jit  # pragma: no cover
 def softmax_in_turns(
-    p_s, p_p, i_first, n, num_keys, h, window, scale_log2, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    p_s, p_p, i_first, end, n, num_keys, h, window, scale_log2, BR: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of BM queries, BR at a time, BN keys at a time."""
-    end = tl.minimum(i_first + BM, n)
+    """Probabilities of queries i_first ... end, BR at a time, BN keys at a time."""
     for i_m in range(i_first, end, BR):
         lo, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_max = tl.full([BR], float("-inf"), dtype=tl.float32)
@@ -162,12 +170,14 @@ def jagged_score_softmax_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
 ):
-    """Probabilities of BM queries of one user and head."""
+    """Probabilities of BR queries of one user and head."""
     pid = tl.program_id(0)
-    i_h = pid % H
-    i_entry = pid // H
+    PARTS: tl.constexpr = BM // BR
+    i_h = pid // PARTS % H
+    i_entry = pid // (PARTS * H)
     _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
-    if n == 0:
+    i_m = i_tile * BM + pid % PARTS * BR
+    if i_m >= n:  # also where the entry is empty
         return
     start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, T)
     if not is_inside:
@@ -175,19 +185,19 @@ def jagged_score_softmax_kernel(
     start += first_of_head(i_h, T)
     p_s += start
     p_p += start
-    i_m = i_tile * BM
     MOST: tl.constexpr = BN << (CLASSES - 1)
-    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    end = tl.minimum(i_m + BR, n)
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     if hi - lo > MOST:
         softmax_in_turns(
-            p_s, p_p, i_m, n, num_keys, h, window, scale_log2,
-            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+            p_s, p_p, i_m, end, n, num_keys, h, window, scale_log2,
+            BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
         )  # fmt: skip
     for i_class in tl.static_range(CLASSES):
         if is_of_class(hi - lo, i_class, BN):
             softmax_at_once(
-                p_s, p_p, i_m, lo, n, num_keys, h, window, scale_log2,
-                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+                p_s, p_p, i_m, end, lo, n, num_keys, h, window, scale_log2,
+                BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,
             )  # fmt: skip
 
 
@@ -205,11 +215,10 @@ def load_products(p_p, p_dp, i_m, i_n, n, num_keys, hi, BR: tl.constexpr, BN: tl
 
 @triton.jit  # pragma: no cover
 def gradient_at_once(
-    p_p, p_dp, p_ds, i_first, lo, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    p_p, p_dp, p_ds, i_first, end, lo, n, num_keys, h, window, scale, BR: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the scores of BM queries, BR at a time, which see at most the BN keys from lo on."""
-    end = tl.minimum(i_first + BM, n)
+    """Gradients of the scores of queries i_first ... end, BR at a time, which see at most the BN keys from lo on."""
     for i_m in range(i_first, end, BR):
         _, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_p, b_dp = load_products(p_p, p_dp, i_m, lo, n, num_keys, hi, BR, BN)
@@ -221,11 +230,10 @@ def gradient_at_once(
 
 @triton.jit  # pragma: no cover
 def gradient_in_turns(
-    p_p, p_dp, p_ds, i_first, n, num_keys, h, window, scale, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    p_p, p_dp, p_ds, i_first, end, n, num_keys, h, window, scale, BR: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the scores of BM queries, BR at a time, BN keys at a time."""
-    end = tl.minimum(i_first + BM, n)
+    """Gradients of the scores of queries i_first ... end, BR at a time, BN keys at a time."""
     for i_m in range(i_first, end, BR):
         lo, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
         b_delta = tl.zeros([BR], dtype=tl.float32)
@@ -260,12 +268,14 @@ def jagged_score_softmax_backward_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
 ):
-    """ds = scale p (dp - sum of p dp over the row), of BM queries of one user and head."""
+    """ds = scale p (dp - sum of p dp over the row), of BR queries of one user and head."""
     pid = tl.program_id(0)
-    i_h = pid % H
-    i_entry = pid // H
+    PARTS: tl.constexpr = BM // BR
+    i_h = pid // PARTS % H
+    i_entry = pid // (PARTS * H)
     _q_start, n, _k_start, num_keys, i_tile, h = load_entry(p_tiles, i_entry)
-    if n == 0:
+    i_m = i_tile * BM + pid % PARTS * BR
+    if i_m >= n:  # also where the entry is empty
         return
     start, is_inside = first_score(p_offsets, load_user_index(p_tiles, i_entry), n, num_keys, T)
     if not is_inside:
@@ -274,19 +284,19 @@ def jagged_score_softmax_backward_kernel(
     p_p += start
     p_dp += start
     p_ds += start
-    i_m = i_tile * BM
     MOST: tl.constexpr = BN << (CLASSES - 1)
-    lo, hi = seen_range(i_m, n, num_keys, h, window, BM, CAUSAL, HAS_WINDOW, HAS_TARGETS)
+    end = tl.minimum(i_m + BR, n)
+    lo, hi = seen_range(i_m, n, num_keys, h, window, BR, CAUSAL, HAS_WINDOW, HAS_TARGETS)
     if hi - lo > MOST:
         gradient_in_turns(
-            p_p, p_dp, p_ds, i_m, n, num_keys, h, window, scale,
-            BM, BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+            p_p, p_dp, p_ds, i_m, end, n, num_keys, h, window, scale,
+            BR >> (CLASSES - 1), MOST, CAUSAL, HAS_WINDOW, HAS_TARGETS,
         )  # fmt: skip
     for i_class in tl.static_range(CLASSES):
         if is_of_class(hi - lo, i_class, BN):
             gradient_at_once(
-                p_p, p_dp, p_ds, i_m, lo, n, num_keys, h, window, scale,
-                BM, BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,
+                p_p, p_dp, p_ds, i_m, end, lo, n, num_keys, h, window, scale,
+                BR >> i_class, BN << i_class, CAUSAL, HAS_WINDOW, HAS_TARGETS,
             )  # fmt: skip
 
 
@@ -309,12 +319,12 @@ def launch_score_softmax(
     if T == 0 or query_tiles.shape[0] == 0:
         return probabilities
     launch_kernel(
-        grid_of(query_tiles, H),
+        grid_of(query_tiles, BLOCK // FORWARD.rows * H),
         (),
         (scores, probabilities, query_tiles, score_offsets),
         (),
         (T, window or 0, scale * LOG2_E),
-        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets),
+        (H, BLOCK, *FORWARD, CLASSES, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return probabilities
@@ -336,12 +346,12 @@ def launch_score_softmax_backward(
     if T == 0 or query_tiles.shape[0] == 0:
         return dscores
     launch_backward_kernel(
-        grid_of(query_tiles, H),
+        grid_of(query_tiles, BLOCK // BACKWARD.rows * H),
         (),
         (probabilities, dout, dscores, query_tiles, score_offsets),
         (),
         (T, window or 0, scale),
-        (H, BLOCK, ROWS, KEYS, CLASSES, causal, window is not None, has_targets),
+        (H, BLOCK, *BACKWARD, CLASSES, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return dscores

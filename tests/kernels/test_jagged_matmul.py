@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.jagged import Schedule
 from kernels.jagged.score_layout import BLOCK, ScoreLayout
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
-from kernels.jagged_matmul.dense import PART_ROWS
+from kernels.jagged_matmul.dense import LONG, PART_ROWS
 from kernels.jagged_matmul.reference import (
     reference_jagged_dense_bmm,
     reference_jagged_jagged_bmm,
@@ -129,6 +129,12 @@ def test_long_users_are_shared_by_programs(kernel_device: torch.device) -> None:
     )
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+def test_rather_long_users_take_larger_tiles(kernel_device: torch.device) -> None:
+    lengths = (2 * PART_ROWS, 3, 0, PART_ROWS + 1, LONG + 1)
+    check_jagged_bmm(Users(lengths), kernel_device, torch.float16, H=2, M=64, N=50)
+
+
 def random_case(seed: int) -> tuple[Users, torch.dtype, dict[str, int]]:
     generator = random.Random(seed)
     draw = generator.randint
@@ -160,18 +166,20 @@ def test_what_lies_behind_a_row_is_zero_and_takes_no_part(kernel_device: torch.d
     behind[40:].view(3, 8)[:, :3] = False
     scores = jagged_scores(q, q, layout)
     assert not scores[:, behind].any()
-    dirty = scores.masked_fill(behind, float("nan"))
+    dirty = scores.masked_fill(behind, 3e38)
     for transposed in (False, True):
         expected = jagged_weighted_sum(scores, v, layout, transposed=transposed)
         assert torch.equal(jagged_weighted_sum(dirty, v, layout, transposed=transposed), expected)
     softmax = jagged_score_softmax(scores, layout)
     assert torch.equal(jagged_score_softmax(dirty, layout), softmax)
     assert not softmax[:, behind].any()
-    infinite = q.clone()
+    infinite, not_finite = q.clone(), scores.clone()
     infinite[1] = float("inf")
-    for broken in (jagged_scores(infinite, q, layout), jagged_score_softmax(scores * float("nan"), layout)):
+    not_finite[:, 8:13] = float("nan")
+    behind[8:16] = False  # of the same row
+    for broken in (jagged_scores(infinite, q, layout), jagged_score_softmax(not_finite, layout)):
         assert bool(broken.isnan().any())
-        assert not broken[:, behind].any(), "not zero where a row isn't finite"
+        assert not broken[:, behind].any(), "one row's NaN behind another"
 
 
 def test_strides_and_a_missing_head(kernel_device: torch.device) -> None:

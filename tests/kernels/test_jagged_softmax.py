@@ -86,9 +86,13 @@ def test_dtypes(columns: int, dtype: torch.dtype, kernel_device: torch.device) -
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,), (256, 300), (600,)])
-def test_users_longer_than_a_block(lengths: tuple[int, ...], kernel_device: torch.device) -> None:
-    """Read twice: more rows than a block of 64 columns has, more keys than one of scores."""
+def test_columns_of_users_longer_than_a_block(lengths: tuple[int, ...], kernel_device: torch.device) -> None:
     check_columns(Users(lengths), kernel_device, torch.float32, columns=64, scale=1.5)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,), pytest.param((300, 1100), marks=pytest.mark.gpu)])
+def test_more_keys_than_a_block_has(lengths: tuple[int, ...], kernel_device: torch.device) -> None:
     check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=False, window=None, scale=1.5)
     check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=True, window=40, scale=1.5)
     check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=False, window=5, scale=1.5)
