@@ -35,8 +35,8 @@ class Block(NamedTuple):
     """Blocks on the chip at once where users have several."""
 
 
-FORWARD, LONG_FORWARD = Block(32, 1024, 1, stages=3), Block(16, 4096, 4)
-BACKWARD, LONG_BACKWARD = Block(64, 8192, 4), Block(32, 8192, 4)
+FORWARD, LONG_FORWARD = Block(32, 1024, 1, stages=4), Block(16, 4096, 4, stages=3)
+BACKWARD, LONG_BACKWARD = Block(64, 8192, 4), Block(16, 8192, 4)
 
 
 @triton.jit  # pragma: no cover

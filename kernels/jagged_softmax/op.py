@@ -83,7 +83,7 @@ def jagged_score_softmax(
         raise ValueError(f"window must be at least 1 token (or None for no window), got {window}")
     require_triton(scores.device)
     return _score_softmax_op(
-        scores, layout.query_tiles(), layout.offsets, _factor(scale, temperature), causal, window,
+        scores, layout.query_tiles(), layout.offsets, schedule.keys[2], _factor(scale, temperature), causal, window,
         schedule.num_targets is not None,
     )  # fmt: skip
 
@@ -142,15 +142,16 @@ def _score_softmax_op(
     scores: Tensor,
     query_tiles: Tensor,
     score_offsets: Tensor,
+    max_key_seqlen: int,
     scale: float,
     causal: bool,
     window: int | None,
     has_targets: bool,
 ) -> Tensor:
     readable = interpretable(scores).contiguous()
-    return launch_score_softmax(readable, query_tiles, score_offsets, scale, causal, window, has_targets).to(
-        scores.dtype
-    )
+    return launch_score_softmax(
+        readable, query_tiles, score_offsets, max_key_seqlen, scale, causal, window, has_targets
+    ).to(scores.dtype)
 
 
 @operator("jagged_score_softmax_backward")
@@ -159,13 +160,16 @@ def _score_softmax_backward_op(
     dout: Tensor,
     query_tiles: Tensor,
     score_offsets: Tensor,
+    max_key_seqlen: int,
     scale: float,
     causal: bool,
     window: int | None,
     has_targets: bool,
 ) -> Tensor:
     readable = interpretable(probabilities).contiguous(), interpretable(dout).contiguous()
-    dscores = launch_score_softmax_backward(*readable, query_tiles, score_offsets, scale, causal, window, has_targets)
+    dscores = launch_score_softmax_backward(
+        *readable, query_tiles, score_offsets, max_key_seqlen, scale, causal, window, has_targets
+    )
     return dscores.to(probabilities.dtype)
 
 
@@ -186,7 +190,7 @@ def _save_score_softmax(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _score_softmax_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     probabilities, *where = ctx.saved_tensors
-    return _score_softmax_backward_op(probabilities, dout, *where, *ctx.options), *[None] * 6
+    return _score_softmax_backward_op(probabilities, dout, *where, *ctx.options), *[None] * 7
 
 
 _score_softmax_op.register_autograd(_score_softmax_gradient, setup_context=_save_score_softmax)

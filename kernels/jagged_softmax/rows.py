@@ -39,7 +39,9 @@ class Block(NamedTuple):
     keys: int
 
 
+LONG = 40 if INTERPRETED else 512  # keys; where users may have more, rows of the first class are longer
 FORWARD, BACKWARD = (Block(16, 16), Block(8, 16)) if INTERPRETED else (Block(32, 64), Block(16, 64))
+LONG_BLOCK = Block(8, 32) if INTERPRETED else Block(16, 128)
 CLASSES = 3 if INTERPRETED else 5
 NUM_WARPS = 4
 
@@ -308,23 +310,28 @@ def launch_score_softmax(
     scores: Tensor,
     query_tiles: Tensor,
     score_offsets: Tensor,
+    max_key_seqlen: int,
     scale: float,
     causal: bool,
     window: int | None,
     has_targets: bool,
 ) -> Tensor:
-    """Probabilities `(H, T)`; arguments as of `jagged_score_softmax`, scores contiguous, tiles of BLOCK queries."""
+    """Probabilities `(H, T)`; arguments as of `jagged_score_softmax`, scores contiguous, tiles of BLOCK queries.
+
+    No user has more than `max_key_seqlen` keys.
+    """
     H, T = scores.shape
     probabilities = torch.empty_like(scores)
     if T == 0 or query_tiles.shape[0] == 0:
         return probabilities
+    block = FORWARD if max_key_seqlen <= LONG else LONG_BLOCK
     launch_kernel(
-        grid_of(query_tiles, BLOCK // FORWARD.rows * H),
+        grid_of(query_tiles, BLOCK // block.rows * H),
         (),
         (scores, probabilities, query_tiles, score_offsets),
         (),
         (T, window or 0, scale * LOG2_E),
-        (H, BLOCK, *FORWARD, CLASSES, causal, window is not None, has_targets),
+        (H, BLOCK, *block, CLASSES, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return probabilities
@@ -335,6 +342,7 @@ def launch_score_softmax_backward(
     dout: Tensor,
     query_tiles: Tensor,
     score_offsets: Tensor,
+    max_key_seqlen: int,
     scale: float,
     causal: bool,
     window: int | None,
@@ -345,13 +353,14 @@ def launch_score_softmax_backward(
     dscores = torch.empty_like(probabilities)
     if T == 0 or query_tiles.shape[0] == 0:
         return dscores
+    block = BACKWARD if max_key_seqlen <= LONG else LONG_BLOCK
     launch_backward_kernel(
-        grid_of(query_tiles, BLOCK // BACKWARD.rows * H),
+        grid_of(query_tiles, BLOCK // block.rows * H),
         (),
         (probabilities, dout, dscores, query_tiles, score_offsets),
         (),
         (T, window or 0, scale),
-        (H, BLOCK, *BACKWARD, CLASSES, causal, window is not None, has_targets),
+        (H, BLOCK, *block, CLASSES, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return dscores

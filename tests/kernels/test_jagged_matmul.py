@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.jagged import Schedule
 from kernels.jagged.score_layout import BLOCK, ScoreLayout
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
-from kernels.jagged_matmul.dense import LONG, PART_ROWS
+from kernels.jagged_matmul.dense import LONG, PART_ROWS, SHARED
 from kernels.jagged_matmul.reference import (
     reference_jagged_dense_bmm,
     reference_jagged_jagged_bmm,
@@ -119,7 +119,7 @@ def test_long_users_are_shared_by_programs(kernel_device: torch.device) -> None:
     lengths = (5000, 3, 0, 2048) if kernel_device.type == "cuda" else (200, 3, 0, 64)
     users = Users(lengths)
     schedule, offsets = users.schedule(kernel_device), users.offsets(kernel_device)
-    assert max(lengths) > 2 * PART_ROWS
+    assert max(lengths) > SHARED
     x, y = make(kernel_device, torch.float32, (users.total, 2, 20), (users.total, 2, 70))
     assert_follows_reference(
         lambda x, y: jagged_jagged_bmm(x, y, schedule),
@@ -131,7 +131,7 @@ def test_long_users_are_shared_by_programs(kernel_device: torch.device) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_rather_long_users_take_larger_tiles(kernel_device: torch.device) -> None:
-    lengths = (2 * PART_ROWS, 3, 0, PART_ROWS + 1, LONG + 1)
+    lengths = (SHARED, 3, 0, PART_ROWS + 1, LONG + 1)
     check_jagged_bmm(Users(lengths), kernel_device, torch.float16, H=2, M=64, N=50)
 
 
@@ -307,8 +307,8 @@ def test_wrong_offsets_touch_no_foreign_memory(
     q, k = torch.ones(8, 1, 16, device=kernel_device), torch.ones(12, 1, 16, device=kernel_device)
     scores = launch_scores(q, k, tiles, layout.offsets, 16, 1.0, "ieee")
     launch_weighted_sum(scores.new_ones(1, 16), k, tiles, layout.offsets, 8, 1.0, False, "ieee")
-    p = launch_score_softmax(scores, tiles, layout.offsets, 1.0, False, None, False)
-    launch_score_softmax_backward(p, p, tiles, layout.offsets, 1.0, False, None, False)
+    p = launch_score_softmax(scores, tiles, layout.offsets, 9, 1.0, False, None, False)
+    launch_score_softmax_backward(p, p, tiles, layout.offsets, 9, 1.0, False, None, False)
     assert len(made) == 4
     for whole in made:
         assert bool((whole[:1000] == 7.0).all())

@@ -230,7 +230,7 @@ def test_operators_obey_torch_library(kernel_device: torch.device) -> None:
     x.requires_grad_()
     offsets, _, longest = schedule.queries
     ops = torch.ops.recsys_kernels
-    where = layout.query_tiles(), layout.offsets
+    where = layout.query_tiles(), layout.offsets, schedule.keys[2]
     torch.library.opcheck(ops.jagged_softmax.default, (x, offsets, longest, 0.5, True))
     torch.library.opcheck(ops.jagged_score_softmax.default, (scores, *where, 0.5, False, None, False))
     p, y = scores.detach().abs(), x.detach().abs()
