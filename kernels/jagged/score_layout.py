@@ -23,8 +23,8 @@ class ScoreLayout:
 
     A row begins at a multiple of 8 elements, so that it is read and written 16 bytes at a time: score (i, j) of user b
     and head h is element `[h, offsets[b] + i * row_pitch(l) + j]`. What lies between the end of a row and the next one
-    is written as zero (where the row isn't finite, perhaps NaN). What is passed on may hold any finite number there:
-    no result depends on it. Made once per batch.
+    is written as zero; of a row that isn't finite, perhaps as NaN. No result and no gradient depends on it, but that
+    the weights of a weighted sum have to be finite there too. Made once per batch.
 
     Args:
         schedule: of the queries and keys.

@@ -20,7 +20,7 @@ from kernels.jagged.tiles import load_columns, load_entry, load_user_index, stor
 MIN_WIDTH, MAX_WIDTH = 16, 64  # columns of a tile
 DENSE_WARPS, JAGGED_WARPS = 2, 4
 PART_ROWS = 32 if INTERPRETED else 512  # of a user that several programs share
-SHARED = 4 * PART_ROWS  # rows; where users may be longer, they are shared
+SHARE_ABOVE = 4 * PART_ROWS  # rows; where users may be longer, they are
 LONG = 48 if INTERPRETED else 512  # rows; where users may be longer, a program has more rows on the chip at once
 LONG_ROWS = 64 if INTERPRETED else 128
 MAX_LONG_BYTES = 256  # of a row of x and one of y: three tiles of them fit into the 99 KB of the smallest GPUs
@@ -197,7 +197,7 @@ def launch_dense_bmm(x: Tensor, w: Tensor, tiles: Tensor, precision: str) -> Ten
 def launch_jagged_bmm(x: Tensor, y: Tensor, tiles: Tensor, offsets: Tensor, max_seqlen: int, precision: str) -> Tensor:
     """`(B, H, M, N)` in x's dtype: of every user `x^T y`.
 
-    A program per user; or, where users may be longer than SHARED, one per part of a user.
+    A program per user; or, where users may be longer than SHARE_ABOVE, one per part of a user.
 
     Args:
         x, y: `(L, H, M)`, `(L, H, N)`, contiguous in the last dimension.
@@ -212,7 +212,7 @@ def launch_jagged_bmm(x: Tensor, y: Tensor, tiles: Tensor, offsets: Tensor, max_
     if out.numel() == 0:
         return out
     block_m, block_n = _block_of(M), _block_of(N)
-    if max_seqlen > SHARED and L > 0 and tiles.shape[0] > 0:
+    if max_seqlen > SHARE_ABOVE and L > 0 and tiles.shape[0] > 0:
         parts = new_partial_sums(L, B, PART_ROWS, H * M * N, x.device)
         launch_parts_kernel(
             (*grid_of(tiles, H), -(-M // block_m) * -(-N // block_n)),

@@ -160,7 +160,7 @@ def jagged_weighted_sum(
     require_triton(v.device)
     return _weighted_sum_op(
         weights, v, layout.query_tiles(), layout.key_tiles(), layout.offsets, keys if transposed else queries, 1.0,
-        transposed, precision,
+        transposed, True, precision,
     )  # fmt: skip
 
 
@@ -244,13 +244,14 @@ def _weighted_sum_op(
     num_rows: int,
     scale: float,
     transposed: bool,
+    gaps_are_finite: bool,
     precision: str,
 ) -> Tensor:
     tiles = key_tiles if transposed else query_tiles
     weights = interpretable(weights).contiguous()
-    return launch_weighted_sum(weights, readable(x), tiles, score_offsets, num_rows, scale, transposed, precision).to(
-        x.dtype
-    )
+    return launch_weighted_sum(
+        weights, readable(x), tiles, score_offsets, num_rows, scale, transposed, gaps_are_finite, precision
+    ).to(x.dtype)
 
 
 @_weighted_sum_op.register_fake
@@ -268,16 +269,17 @@ def _save_scores(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _scores_backward(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
     q, k, *where = ctx.saved_tensors
     dq = dk = None
+    # Not finite in the gaps: there scores are zero, and what became of them may have no finite derivative at zero.
     if ctx.needs_input_grad[0]:
-        dq = _weighted_sum_op(dscores, k, *where, q.shape[0], ctx.scale, False, ctx.precision)
+        dq = _weighted_sum_op(dscores, k, *where, q.shape[0], ctx.scale, False, False, ctx.precision)
     if ctx.needs_input_grad[1]:
-        dk = _weighted_sum_op(dscores, q, *where, k.shape[0], ctx.scale, True, ctx.precision)
+        dk = _weighted_sum_op(dscores, q, *where, k.shape[0], ctx.scale, True, False, ctx.precision)
     return dq, dk, *[None] * 6
 
 
 def _save_weighted_sum(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
-    _num_rows, ctx.scale, ctx.transposed, ctx.precision = inputs[5:]
+    _num_rows, ctx.scale, ctx.transposed, ctx.gaps_are_finite, ctx.precision = inputs[5:]
 
 
 def _weighted_sum_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -287,8 +289,9 @@ def _weighted_sum_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k = (x, dout) if ctx.transposed else (dout, x)
         dweights = _scores_op(q, k, *where, weights.shape[1], ctx.scale, ctx.precision)
     if ctx.needs_input_grad[1]:
-        dx = _weighted_sum_op(weights, dout, *where, x.shape[0], ctx.scale, not ctx.transposed, ctx.precision)
-    return dweights, dx, *[None] * 7
+        options = ctx.scale, not ctx.transposed, ctx.gaps_are_finite, ctx.precision
+        dx = _weighted_sum_op(weights, dout, *where, x.shape[0], *options)
+    return dweights, dx, *[None] * 8
 
 
 _scores_op.register_autograd(_scores_backward, setup_context=_save_scores)

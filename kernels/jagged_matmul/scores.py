@@ -28,6 +28,7 @@ from kernels.jagged.tiles import (
 
 MIN_WIDTH = 16  # of what a tensor core multiplies
 TILES_TO_FILL_A_GPU = 6 if INTERPRETED else 512  # with fewer, every head has programs of its own
+HEADS_OF_A_SUM = 2  # of a program at most: with more, programs of long users last too long
 
 
 # Totals differ in every batch: a kernel specialised on them would be compiled over and over.
@@ -100,12 +101,14 @@ def jagged_weighted_sum_kernel(
     BD: tl.constexpr,
     HEADS: tl.constexpr,  # of a program
     TRANSPOSED: tl.constexpr,
+    GAPS_ARE_FINITE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Rows of scores times x, or columns of scores times x: BO rows of one user, over all rows of x.
 
-    HEADS heads one after the other, in one loop with the rows of x, for the reason given above. Scores go to the tensor
-    cores as they are, with what lies between a row's end and the next one: x is zero there, and they have to be finite.
+    HEADS heads one after the other, in one loop with the rows of x, as in jagged_scores_kernel. If GAPS_ARE_FINITE,
+    scores go to the tensor cores as they are, with what lies between a row's end and the next one, where x is zero;
+    else they pass through registers, to be cleaned. Columns of scores meet no gap.
     """
     pid = tl.program_id(0)
     first_head = pid % (H // HEADS) * HEADS
@@ -133,6 +136,8 @@ def jagged_weighted_sum_kernel(
             b_s = tl.trans(load_scores(p_head, i_x, i_o, num_x, n, n, BX, BO))
         else:
             b_s = load_scores(p_head, i_o, i_x, n, num_x, num_x, BO, BX)
+            if not GAPS_ARE_FINITE:
+                b_s = tl.where(i_x + tl.arange(0, BX)[None, :] < num_x, b_s, 0.0)
         b_acc = tl.dot(b_s, b_x, b_acc, input_precision=PRECISION)
         if i_x + BX >= num_x:
             store_tile(p_out + i_h * D, b_acc * scale, i_o, n, H * D, D, BO, BD)
@@ -183,7 +188,7 @@ def launch_scores(
     """
     _, H, D = q.shape
     scores = q.new_empty((H, total))
-    if total == 0 or query_tiles.shape[0] == 0:
+    if scores.numel() == 0 or query_tiles.shape[0] == 0:
         return scores
     columns, stream = _stream_of(k, SCORES)
     heads = H if query_tiles.shape[0] >= TILES_TO_FILL_A_GPU else 1
@@ -207,6 +212,7 @@ def launch_weighted_sum(
     num_rows: int,
     scale: float,
     transposed: bool,
+    gaps_are_finite: bool,
     precision: str,
 ) -> Tensor:
     """`(num_rows, H, D)` in x's dtype: `scale p x` of every user, or `scale p^T x` if `transposed`.
@@ -217,21 +223,22 @@ def launch_weighted_sum(
         tiles: `(entries, 8)`, tiles of BLOCK queries, or keys if `transposed`.
         score_offsets: `(B + 1,)` int64.
         num_rows: rows of the result: queries, or keys if `transposed`.
+        gaps_are_finite: so are the weights between the end of a row and the next one; faster.
         scale, precision: as for `jagged_scores`.
     """
     _, H, D = x.shape
     out = torch.empty((num_rows, H, D), dtype=x.dtype, device=x.device)
-    if num_rows == 0 or tiles.shape[0] == 0:
+    if out.numel() == 0 or tiles.shape[0] == 0:
         return out
     columns, stream = _stream_of(x, TRANSPOSED_SUM if transposed else WEIGHTED_SUM)
-    heads = 2 if H % 2 == 0 else 1
+    heads = HEADS_OF_A_SUM if H % HEADS_OF_A_SUM == 0 and tiles.shape[0] >= TILES_TO_FILL_A_GPU else 1
     launch_weighted_sum_kernel(
         grid_of(tiles, H // heads),
         (),
         (weights, x, out, tiles, score_offsets),
         x.stride()[:2],
         (weights.shape[1], scale),
-        (H, D, BLOCK, stream.rows, columns, heads, transposed, precision),
+        (H, D, BLOCK, stream.rows, columns, heads, transposed, gaps_are_finite, precision),
         (stream.num_warps, stream.stages),
     )
     return out

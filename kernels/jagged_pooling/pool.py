@@ -125,8 +125,8 @@ class Block(NamedTuple):
     num_warps: int
 
 
-LONG = 512  # rows; where users may be longer, programs are more and larger
-POOL, LONG_POOL = Block(16 if INTERPRETED else 64, 64, 2), Block(256, 16, 8)
+LONG = 48 if INTERPRETED else 512  # rows; where users may be longer, programs are more and larger
+POOL, LONG_POOL = Block(16 if INTERPRETED else 64, 64, 2), Block(32 if INTERPRETED else 256, 16, 8)
 
 launch_pool_kernel = Launcher(jagged_pool_kernel, "num_warps")
 launch_backward_kernel = Launcher(jagged_pool_backward_kernel, "num_warps")

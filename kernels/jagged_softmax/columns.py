@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Softmax over the tokens of a user, a column at a time: one program per user and block of columns.
 
-Users that fit into a block are read once, others twice. The blocks of columns of a user are neighbours in the grid, so
-that whole rows are read at about the same time.
+Users that fit into a block are read once, others twice (by the forward without their last block). The blocks of
+columns of a user are neighbours in the grid, so that whole rows are read at about the same time.
 
 Names: see kernels/jagged/tiles.py; C columns, BL x BC a block of rows and columns.
 """
@@ -32,7 +32,7 @@ class Block(NamedTuple):
     elements: int
     num_warps: int
     stages: int = 1
-    """Blocks on the chip at once where users have several."""
+    """Blocks on the chip at once where users have several; of the forward."""
 
 
 FORWARD, LONG_FORWARD = Block(32, 1024, 1, stages=4), Block(16, 4096, 4, stages=3)
@@ -67,7 +67,7 @@ def jagged_softmax_kernel(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BC columns of one user: full blocks of rows first, without a mask; the last block is never read again."""
+    """BC columns of one user: full blocks of rows first; the last block is never read again."""
     i_b, i_c = row_and_columns(C, BC)
     start, n = load_user(p_offsets, i_b, total, max_seqlen)
     if n == 0:

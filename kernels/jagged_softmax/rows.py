@@ -37,12 +37,12 @@ class Block(NamedTuple):
 
     rows: int
     keys: int
+    classes: int
 
 
 LONG = 40 if INTERPRETED else 512  # keys; where users may have more, rows of the first class are longer
-FORWARD, BACKWARD = (Block(16, 16), Block(8, 16)) if INTERPRETED else (Block(32, 64), Block(16, 64))
-LONG_BLOCK = Block(8, 32) if INTERPRETED else Block(16, 128)
-CLASSES = 3 if INTERPRETED else 5
+FORWARD, BACKWARD = (Block(16, 16, 3), Block(8, 16, 3)) if INTERPRETED else (Block(32, 64, 4), Block(16, 64, 4))
+LONG_BLOCK = Block(8, 16, 3) if INTERPRETED else Block(16, 128, 5)
 NUM_WARPS = 4
 
 
@@ -331,7 +331,7 @@ def launch_score_softmax(
         (scores, probabilities, query_tiles, score_offsets),
         (),
         (T, window or 0, scale * LOG2_E),
-        (H, BLOCK, *block, CLASSES, causal, window is not None, has_targets),
+        (H, BLOCK, *block, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return probabilities
@@ -360,7 +360,7 @@ def launch_score_softmax_backward(
         (probabilities, dout, dscores, query_tiles, score_offsets),
         (),
         (T, window or 0, scale),
-        (H, BLOCK, *block, CLASSES, causal, window is not None, has_targets),
+        (H, BLOCK, *block, causal, window is not None, has_targets),
         (NUM_WARPS,),
     )
     return dscores

@@ -131,8 +131,12 @@ def call_unfused(dtype: torch.dtype, head_dim: int) -> None:
     last, _ = jagged_last(first, schedule, 9, sum(min(n, 9) for n in LENGTHS))
     pooled = [jagged_pool(first, schedule, mode).sum() for mode in ("mean", "max")]
     (last.sum() + pooled[0] + pooled[1]).backward()
-    for_long = Schedule(offsets, total, 8192)
-    jagged_jagged_bmm(q, k, for_long)
+    for longest in (1000, 8192):
+        for_long = Schedule(offsets, total, longest)
+        jagged_jagged_bmm(q, k, for_long)
+        long_layout = ScoreLayout(for_long, layout.total)
+        scores = torch.zeros(2, layout.total, dtype=dtype, requires_grad=True)
+        jagged_score_softmax(scores, long_layout, causal=True).sum().backward()
     jagged_softmax(q.flatten(1), for_long).sum().backward()
     jagged_pool(q.flatten(1), for_long, "mean")
 

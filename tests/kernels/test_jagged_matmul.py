@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.jagged import Schedule
 from kernels.jagged.score_layout import BLOCK, ScoreLayout
 from kernels.jagged_matmul import jagged_dense_bmm, jagged_jagged_bmm, jagged_scores, jagged_weighted_sum
-from kernels.jagged_matmul.dense import LONG, PART_ROWS, SHARED
+from kernels.jagged_matmul.dense import LONG, PART_ROWS, SHARE_ABOVE
 from kernels.jagged_matmul.reference import (
     reference_jagged_dense_bmm,
     reference_jagged_jagged_bmm,
@@ -119,7 +119,7 @@ def test_long_users_are_shared_by_programs(kernel_device: torch.device) -> None:
     lengths = (5000, 3, 0, 2048) if kernel_device.type == "cuda" else (200, 3, 0, 64)
     users = Users(lengths)
     schedule, offsets = users.schedule(kernel_device), users.offsets(kernel_device)
-    assert max(lengths) > SHARED
+    assert max(lengths) > SHARE_ABOVE
     x, y = make(kernel_device, torch.float32, (users.total, 2, 20), (users.total, 2, 70))
     assert_follows_reference(
         lambda x, y: jagged_jagged_bmm(x, y, schedule),
@@ -131,7 +131,7 @@ def test_long_users_are_shared_by_programs(kernel_device: torch.device) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_rather_long_users_take_larger_tiles(kernel_device: torch.device) -> None:
-    lengths = (SHARED, 3, 0, PART_ROWS + 1, LONG + 1)
+    lengths = (SHARE_ABOVE, 3, 0, PART_ROWS + 1, LONG + 1)
     check_jagged_bmm(Users(lengths), kernel_device, torch.float16, H=2, M=64, N=50)
 
 
@@ -141,7 +141,7 @@ def random_case(seed: int) -> tuple[Users, torch.dtype, dict[str, int]]:
     lengths = tuple(generator.choice([0, 1, draw(2, 20), draw(20, 70)]) for _ in range(draw(1, 5)))
     is_cross = generator.random() < 0.5
     keys = tuple(generator.choice([0, 1, draw(2, 70)]) for _ in lengths) if is_cross else None
-    sizes = {"H": draw(1, 3), "D": generator.choice([1, 5, 16, 33, 80, 128, 256]), "N": draw(1, 130)}
+    sizes = {"H": draw(1, 4), "D": generator.choice([1, 5, 16, 33, 80, 128, 256]), "N": draw(1, 130)}
     return Users(lengths, keys), generator.choice(DTYPES), sizes
 
 
@@ -180,6 +180,22 @@ def test_what_lies_behind_a_row_is_zero_and_takes_no_part(kernel_device: torch.d
     for broken in (jagged_scores(infinite, q, layout), jagged_score_softmax(not_finite, layout)):
         assert bool(broken.isnan().any())
         assert not broken[:, behind].any(), "one row's NaN behind another"
+        is_finite = jagged_weighted_sum(broken, v, layout).isfinite().flatten(1).all(1)
+        assert is_finite.tolist() == [i != 1 for i in range(8)]
+
+
+@pytest.mark.parametrize("name", ["square_root", "logarithm"])
+def test_derivatives_that_are_not_finite_at_zero(name: str, kernel_device: torch.device) -> None:
+    """Behind a row scores are zero, and what comes back from there may be NaN."""
+    layout = SMALL.layout(kernel_device)
+    q, k, v = make(kernel_device, torch.float32, *[(8, 2, 16)] * 3)
+    function = {"square_root": lambda s: s.sign() * s.abs().sqrt(), "logarithm": lambda s: s.abs().log()}[name]
+
+    def attention(q: Tensor, k: Tensor) -> Tensor:
+        return jagged_weighted_sum(jagged_score_softmax(function(jagged_scores(q, k, layout)), layout), v, layout)
+
+    for x in with_gradients(attention, [q, k], v):
+        assert bool(x.isfinite().all())
 
 
 def test_strides_and_a_missing_head(kernel_device: torch.device) -> None:
@@ -195,6 +211,15 @@ def test_strides_and_a_missing_head(kernel_device: torch.device) -> None:
     assert torch.equal(jagged_dense_bmm(q, transposed, schedule), jagged_dense_bmm(q, w, schedule))
     assert torch.equal(jagged_dense_bmm(q[:, 0], w[:, 0], schedule), jagged_dense_bmm(q, w, schedule)[:, 0])
     assert torch.equal(jagged_jagged_bmm(q[:, 0], k[:, 0], schedule), jagged_jagged_bmm(q, k, schedule)[:, 0])
+
+
+def test_no_heads(kernel_device: torch.device) -> None:
+    users = Users((300,))  # tiles enough for programs of several heads
+    layout = users.layout(kernel_device)
+    q = torch.ones(300, 0, 16, device=kernel_device)
+    scores = jagged_scores(q, q, layout)
+    assert scores.shape == (0, layout.total)
+    assert jagged_weighted_sum(scores, q, layout).shape == (300, 0, 16)
 
 
 def test_int32_offsets(kernel_device: torch.device) -> None:
@@ -304,12 +329,15 @@ def test_wrong_offsets_touch_no_foreign_memory(
         start, key_start = max(min(queries[i], 8), 0), keys[i]
         tiles[i] = torch.tensor([start, min(5, 8 - start), key_start, keys[i + 1] - key_start, 0, 9, i, 0])
     layout = ScoreLayout(schedule, 16)
-    q, k = torch.ones(8, 1, 16, device=kernel_device), torch.ones(12, 1, 16, device=kernel_device)
+    q, k = torch.ones(8, 2, 16, device=kernel_device), torch.ones(12, 2, 16, device=kernel_device)
     scores = launch_scores(q, k, tiles, layout.offsets, 16, 1.0, "ieee")
-    launch_weighted_sum(scores.new_ones(1, 16), k, tiles, layout.offsets, 8, 1.0, False, "ieee")
+    ones = torch.ones(2, 16, device=kernel_device)
+    launch_weighted_sum(ones, k, tiles, layout.offsets, 8, 1.0, False, True, "ieee")
+    other_tiles = tiles[:, [2, 3, 0, 1, 4, 5, 6, 7]].contiguous()
+    launch_weighted_sum(ones, q, other_tiles, layout.offsets, 12, 1.0, True, True, "ieee")
     p = launch_score_softmax(scores, tiles, layout.offsets, 9, 1.0, False, None, False)
     launch_score_softmax_backward(p, p, tiles, layout.offsets, 9, 1.0, False, None, False)
-    assert len(made) == 4
+    assert len(made) == 5
     for whole in made:
         assert bool((whole[:1000] == 7.0).all())
         assert bool((whole[-1000:] == 7.0).all())
@@ -395,8 +423,8 @@ def test_operators_obey_torch_library(kernel_device: torch.device) -> None:
     ops = torch.ops.recsys_kernels
     for op, args in (
         (ops.jagged_scores, (q, k, *tiles, layout.total, 0.5, "ieee")),
-        (ops.jagged_weighted_sum, (weights, k, *tiles, users.total, 1.0, False, "ieee")),
-        (ops.jagged_weighted_sum, (weights, q, *tiles, users.total_keys, 1.0, True, "ieee")),
+        (ops.jagged_weighted_sum, (weights, k, *tiles, users.total, 1.0, False, False, "ieee")),
+        (ops.jagged_weighted_sum, (weights, q, *tiles, users.total_keys, 1.0, True, True, "ieee")),
     ):
         torch.library.opcheck(op.default, args)
     torch.library.opcheck(ops.jagged_dense_bmm.default, (q, w, row_tiles, offsets, longest, "ieee"))

@@ -56,7 +56,7 @@ def assert_follows_reference(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("lengths", [*LENGTHS.values(), [100, 0, 3]], ids=[*LENGTHS, "long"])
 def test_lengths(lengths: list[int], mode: str, kernel_device: torch.device) -> None:
     assert_follows_reference(lengths, mode, kernel_device)
 

@@ -91,11 +91,21 @@ def test_columns_of_users_longer_than_a_block(lengths: tuple[int, ...], kernel_d
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), (129,), pytest.param((300, 1100), marks=pytest.mark.gpu)])
-def test_more_keys_than_a_block_has(lengths: tuple[int, ...], kernel_device: torch.device) -> None:
-    check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=False, window=None, scale=1.5)
-    check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=True, window=40, scale=1.5)
-    check_rows(Users(lengths), kernel_device, torch.float32, H=1, causal=False, window=5, scale=1.5)
+@pytest.mark.parametrize("window", [None, 5, 120])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(150, 3), (64, 65), pytest.param((300, 400), marks=pytest.mark.gpu)])
+def test_more_keys_than_a_block_has(
+    lengths: tuple[int, ...], causal: bool, window: int | None, kernel_device: torch.device
+) -> None:
+    for targets in (None, (7, 3)):
+        users = Users(lengths, targets=targets)
+        check_rows(users, kernel_device, torch.float32, H=1, causal=causal, window=window, scale=1.5)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("keys", [150, pytest.param(400, marks=pytest.mark.gpu)])
+def test_more_keys_of_others_than_a_block_has(keys: int, kernel_device: torch.device) -> None:
+    check_rows(Users((40, 3), (keys, 9)), kernel_device, torch.float32, H=2, causal=False, window=None, scale=1.5)
 
 
 def test_what_is_minus_infinity_everywhere_gives_zero(kernel_device: torch.device) -> None:
