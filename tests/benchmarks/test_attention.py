@@ -366,7 +366,7 @@ def test_a_run_on_a_cpu_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixtur
         for provider, status in (("dense", "ok"), ("sdpa", "ok"), ("fa4", "absent"))
     ]
     for row in read:
-        assert row["torch"] == torch.__version__
+        assert row["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a wheel may leave the build out
         assert row["command"].startswith("python -m benchmarks.attention --device cpu")
         assert (row["tokens"], row["max_length"]) == ("86", "48")
         if row["status"] == "ok":

@@ -261,7 +261,8 @@ def test_candidates_that_do_not_compile_are_listed(monkeypatch: pytest.MonkeyPat
     tuner = tuner_of([A], monkeypatch)
     tuner.compile_all(processes=1)
     assert len(tuner.left_out) == 3
-    assert all("CUDA" in reason for reason in tuner.left_out.values())
+    of_torch = ("Torch not compiled with CUDA", "Found no NVIDIA driver")  # a build for CPUs; for CUDA
+    assert all(any(known in reason for known in of_torch) for reason in tuner.left_out.values())
 
 
 def test_options_are_settings() -> None:
