@@ -166,11 +166,19 @@ def environment_of_failure() -> dict[str, Any]:
     return {name: known[name] for name in ("device", *VERSIONS)}
 
 
+# Of a failed run's output, the most telling first: what we or Python say, a library's uncaught error, a signal that
+# ended a process, as torchrun reports it.
+TELLING = (r"(configuration error|Error): ", r"what\(\): ", r"Signal \d+ \(SIG")
+
+
 def _reason(output: str) -> str:
     """The line that tells most about a failed run: its error message, not the launcher's."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"(configuration error|Error): ", line)]
-    return (telling or lines or ["no output"])[0][:300]
+    for pattern in TELLING:
+        telling = [line for line in lines if re.search(pattern, line)]
+        if telling:
+            return telling[0][:300]
+    return (lines or ["no output"])[-1][:300]
 
 
 def run_benchmark(config: BenchmarkConfig, overrides: Sequence[str]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training import BenchmarkConfig, Case, cases, run_benchmark, table
+from benchmarks.training import BenchmarkConfig, Case, _reason, cases, run_benchmark, table
 
 SMALL = [
     "experiment=throughput",
@@ -53,3 +53,14 @@ def test_a_run_gives_a_row_and_a_failing_one_its_reason(tmp_path: Path, capsys: 
 def test_table_shows_a_failure() -> None:
     row = {"num_processes": 1, "sharding": "auto", "attention": "varlen", "failure": "needs CUDA"}
     assert "needs CUDA" in table([row])
+
+
+def test_the_reason_is_the_most_telling_line() -> None:
+    ours = "ValueError: no such plan"
+    of_a_library = "  what():  [enforce fail at pair.cc] connection closed"
+    of_the_launcher = "traceback : Signal 6 (SIGABRT) received by PID 7"
+    assert _reason(f"sharding plan\n{of_a_library}\n{of_the_launcher}\n{ours}\n") == ours
+    assert _reason(f"sharding plan\n{of_the_launcher}\n{of_a_library}\n") == of_a_library.strip()
+    assert _reason(f"sharding plan\n{of_the_launcher}\nRoot Cause\n") == of_the_launcher
+    assert _reason("sharding plan\nthe last word\n\n") == "the last word"
+    assert _reason("") == "no output"
