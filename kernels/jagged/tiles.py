@@ -106,6 +106,18 @@ def is_visible(o_key, i_n, first, end, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit  # pragma: no cover
+def finite_or_zero(b_max):
+    """What to subtract from scores with that maximum; of nothing but -inf it is zero, since -inf - (-inf) is NaN."""
+    return tl.where(b_max == float("-inf"), 0.0, b_max)
+
+
+@triton.jit  # pragma: no cover
+def inverse_or_zero(b_sum):
+    """What to multiply exponentials by that have that sum; zero where there are none."""
+    return tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+
+
+@triton.jit  # pragma: no cover
 def pitch_of(num_keys):
     """As `row_pitch`; the compiler knows that 8 divides it, and so reads and writes 16 bytes at a time."""
     return (num_keys + 7) // 8 * 8

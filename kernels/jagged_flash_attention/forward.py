@@ -14,7 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jagged.launch import Launcher, descriptors, grid_of, next_power_of_2
-from kernels.jagged.tiles import is_visible, load_entry, load_tile, store_tile, visible_keys
+from kernels.jagged.tiles import (
+    finite_or_zero,
+    inverse_or_zero,
+    is_visible,
+    load_entry,
+    load_tile,
+    store_tile,
+    visible_keys,
+)
 from kernels.jagged_flash_attention.call import Call
 from kernels.jagged_flash_attention.tiles import is_kept, key_range
 from kernels.jagged_flash_attention.tuning import Tile
@@ -71,8 +79,8 @@ def attend(
             b_s = tl.where(is_visible(o_key, i_n, first, end, HAS_WINDOW), b_s, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)  # the scale is positive
         b_shift = b_new_max
-        if EDGE and HAS_WINDOW:  # a query may not have seen any key yet: -inf - (-inf) would be NaN
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        if EDGE and HAS_WINDOW:  # a query may not have seen any key yet
+            b_shift = finite_or_zero(b_new_max)
         b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
@@ -204,7 +212,7 @@ def jagged_flash_attention_forward_kernel(
             )  # fmt: skip
 
     # In cross attention a user may have queries and no keys: their output is zero, as is every gradient.
-    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+    b_norm = inverse_or_zero(b_sum)
     if DROPOUT:
         b_norm = b_norm * keep_scale
     store_tile(p_out + (q_start * H + i_h) * D, b_acc * b_norm[:, None], i_m, n, H * D, D, BM, BD)

@@ -223,7 +223,8 @@ def launch_weighted_sum(
         tiles: `(entries, 8)`, tiles of BLOCK queries, or keys if `transposed`.
         score_offsets: `(B + 1,)` int64.
         num_rows: rows of the result: queries, or keys if `transposed`.
-        gaps_are_finite: so are the weights between the end of a row and the next one; faster.
+        gaps_are_finite: so are the weights between the end of a row and the next one; faster. Nothing to
+            `transposed`, whose sums meet no gap.
         scale, precision: as for `jagged_scores`.
     """
     _, H, D = x.shape
@@ -238,7 +239,7 @@ def launch_weighted_sum(
         (weights, x, out, tiles, score_offsets),
         x.stride()[:2],
         (weights.shape[1], scale),
-        (H, D, BLOCK, stream.rows, columns, heads, transposed, gaps_are_finite, precision),
+        (H, D, BLOCK, stream.rows, columns, heads, transposed, gaps_are_finite or transposed, precision),
         (stream.num_warps, stream.stages),
     )
     return out

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.jagged.launch import LOG2_E, Launcher, next_power_of_2
 from kernels.jagged.tile_lists import load_user
-from kernels.jagged.tiles import load_columns, row_and_columns, store_columns
+from kernels.jagged.tiles import finite_or_zero, inverse_or_zero, load_columns, row_and_columns, store_columns
 
 LONG = 512  # rows; where users may be longer, blocks are taller and programs more
 
@@ -45,12 +45,6 @@ def load_scaled(
 ):
     """Rows in base 2, (BL, BC) float32; zero past row n."""
     return load_columns(p_x, i_l, n, stride_x, i_c, C, BL, BC, EVICTION).to(tl.float32) * scale_log2
-
-
-@triton.jit  # pragma: no cover
-def finite_or_zero(b_max):
-    """What to subtract from a column with that maximum: -inf - (-inf) is NaN."""
-    return tl.where(b_max == float("-inf"), 0.0, b_max)
 
 
 @triton.jit(do_not_specialize=["total", "max_seqlen", "scale_log2"])  # pragma: no cover
@@ -85,11 +79,10 @@ def jagged_softmax_kernel(
         b_max = b_new_max
     b_x = load_scaled(p_x, i_last, n, stride_x, i_c, scale_log2, C, BL, BC, "evict_first")
     b_x = tl.where(i_last + tl.arange(0, BL)[:, None] < n, b_x, float("-inf"))
-    b_new_max = tl.maximum(b_max, tl.max(b_x, 0))
-    b_shift = finite_or_zero(b_new_max)
+    b_shift = finite_or_zero(tl.maximum(b_max, tl.max(b_x, 0)))
     b_p = tl.exp2(b_x - b_shift[None, :])
     b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(b_p, 0)
-    b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+    b_norm = inverse_or_zero(b_sum)
     store_columns(p_y, b_p * b_norm[None, :], i_last, n, C, i_c, C, BL, BC)
     for i_l in tl.range(0, i_last, BL, num_stages=STAGES):
         b_x = load_scaled(p_x, i_l, i_last, stride_x, i_c, scale_log2, C, BL, BC, "evict_first")

@@ -20,8 +20,10 @@ from torch import Tensor
 from kernels.jagged.launch import INTERPRETED, LOG2_E, Launcher, grid_of
 from kernels.jagged.score_layout import BLOCK
 from kernels.jagged.tiles import (
+    finite_or_zero,
     first_of_head,
     first_score,
+    inverse_or_zero,
     is_visible,
     load_entry,
     load_scores,
@@ -115,9 +117,9 @@ def softmax_at_once(
             p_s, i_m, lo, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
         )
         b_max = tl.max(b_s, 1)
-        b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+        b_p = tl.exp2(b_s - finite_or_zero(b_max)[:, None])
         b_sum = tl.sum(b_p, 1)
-        store_scores(p_p, b_p * tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
+        store_scores(p_p, b_p * inverse_or_zero(b_sum)[:, None], i_m, lo, n, num_keys, BR, BN)
     store_zeros(p_p, i_first, end, 0, lo, num_keys, BR, BN)
     store_zeros(p_p, i_first, end, lo + BN, pitch_of(num_keys), num_keys, BR, BN)
 
@@ -137,11 +139,11 @@ def softmax_in_turns(
                 p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
             )
             b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing so far: -inf - (-inf) is NaN
+            b_shift = finite_or_zero(b_new_max)
             b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
             b_max = b_new_max
-        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_norm = tl.where(b_sum == 0.0, 0.0, 1.0 / b_sum)
+        b_shift = finite_or_zero(b_max)
+        b_norm = inverse_or_zero(b_sum)
         for i_n in range(lo, hi, BN):
             b_s = load_visible(
                 p_s, i_m, i_n, n, num_keys, hi, h, window, scale_log2, BR, BN, CAUSAL, HAS_WINDOW, HAS_TARGETS
